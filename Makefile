@@ -1,0 +1,38 @@
+# Every target does its own set-up: a fresh clone needs Python 3.11+ and make.
+# Another interpreter: make env PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TOUR := data/runs/tour
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lab notebooks
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP)  ## create .venv with everything pinned (about 1.6 GB, a few minutes, once)
+
+demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate, sample, evaluate
+	@mkdir -p $(TOUR)
+	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
+	@cat $(TOUR)/summary.txt
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest tests
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
+
+notebooks: $(STAMP)  ## execute every notebook with small parameters
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+# torch comes first and pinned, so that nothing else decides which build of it is installed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"vqlib needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]} (choose another: make env PYTHON=python3.12)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test]'
+	$(BIN)/python vqlib/_startup.py
+	@touch $@

@@ -1,0 +1,225 @@
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vqlib import models
+from vqlib.calibrate import calibrate
+from vqlib.config import VQConfig, recipe
+from vqlib.layers import CandidateLinear, VQLinear
+from vqlib.losses import absolute_ratio_loss
+from vqlib.quantize import harden, quantize
+from vqlib.runs import read_records
+from vqlib.trajectory import Trajectory
+
+GEOMETRY = VQConfig(k=16, d=4, candidates=3)
+SETTINGS = recipe("paper", iterations=6, batch_size=4, steps=5, checkpoint_every=2)
+
+
+def prepared(geometry=GEOMETRY):
+    pipe = tiny.pipeline()
+    return pipe, quantize(pipe.transformer, geometry, seed=0)
+
+
+def trained_tensors(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_error_of_the_blocks_falls():
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS.replace(iterations=60, lr_codebooks=3e-3, inputs="noise"))
+    losses = [record.loss for record in run]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_streaming_equals_a_plain_loop_over_the_whole_model():
+    """The slow twin: collect every block's input and output first, then one loss, one backward, one optimizer."""
+    pipe, student = prepared()
+    twin = copy.deepcopy(student)
+    records = list(calibrate(pipe, student, SETTINGS))
+
+    soft = [m for m in twin.modules() if isinstance(m, CandidateLinear)]
+    rates = [{"params": [m.logits for m in soft], "lr": 5e-2}]
+    rates.append({"params": [p for m in soft for p in (m.codebook, m.bias)], "lr": 1e-4})
+    optimizer = torch.optim.RMSprop(rates, alpha=0.99)
+    trajectory = Trajectory(pipe, SETTINGS)
+
+    def teacher(inputs, keep=None):
+        handles = [
+            b.register_forward_hook(lambda m, a, k, out: keep.append((a, k, out)), with_kwargs=True)
+            for b in models.block_list(pipe.transformer)
+            if keep is not None
+        ]
+        output = models.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+        for handle in handles:
+            handle.remove()
+        return output
+
+    trajectory.stagger(teacher)
+    losses = []
+    for _ in range(SETTINGS.iterations):
+        seen = []
+        output = teacher(trajectory.inputs(), seen)
+        blocks = models.block_list(twin)
+        per_block = [(b(*a, **k) - out).pow(2).mean() for b, (a, k, out) in zip(blocks, seen, strict=True)]
+        loss = sum(per_block) + sum(absolute_ratio_loss(m.logits) for m in soft)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trajectory.advance(output)
+        losses.append([value.item() for value in per_block])
+    for record, expected in zip(records, losses, strict=True):
+        assert record.block_losses == pytest.approx(expected, rel=1e-4)
+    codes = [m.assignments() for m in harden(student).modules() if isinstance(m, VQLinear)]
+    twins = [m.assignments() for m in harden(twin).modules() if isinstance(m, VQLinear)]
+    same = sum((a == b).sum().item() for a, b in zip(codes, twins, strict=True))
+    assert same / sum(len(a) for a in codes) > 0.999  # ties in float32 aside
+
+
+def test_full_precision_block_inputs_keep_blocks_apart():
+    """Damage to block 0 must not reach the loss of block 1, unless the student carries its own activations."""
+    clean, damaged = [], []
+    for block_inputs, expected in (("full", True), ("student", False), ("end-to-end", False)):
+        for losses, scale in ((clean, 1.0), (damaged, -9.0)):
+            pipe, student = prepared()
+            student.transformer_blocks[0].ff.net[2].codebook.data.mul_(scale)
+            settings = SETTINGS.replace(iterations=1, block_inputs=block_inputs)
+            losses[:] = next(calibrate(pipe, student, settings)).block_losses
+        assert damaged[0] > clean[0]
+        assert (damaged[1] == clean[1]) is expected
+
+
+def test_only_codebooks_ratios_and_biases_move_and_switches_hold_them():
+    pipe, student = prepared()
+    untouched = {n: v.clone() for n, v in student.state_dict().items() if "norm1.emb" in n or "pos_embed" in n}
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    list(calibrate(pipe, student, SETTINGS.replace(train_codebooks="never", train_biases=False)))
+    for name, parameter in student.named_parameters():
+        assert torch.equal(before[name], parameter) != name.endswith("logits"), name
+    assert all(torch.equal(student.state_dict()[n], v) for n, v in untouched.items())
+
+
+def test_codebooks_of_the_release_recipe_wait_until_their_layer_is_frozen():
+    pipe, student = prepared()
+    books = {n: m.codebook.detach().clone() for n, m in student.named_modules() if isinstance(m, CandidateLinear)}
+    settings = recipe("release", iterations=2, steps=5, batch_size=2)
+    list(calibrate(pipe, student, settings))
+    assert all(torch.equal(student.get_submodule(n).codebook, book) for n, book in books.items())
+    for m in student.modules():
+        if isinstance(m, CandidateLinear):
+            m.logits.data[:, 0] = 20.0  # r > 0.99: frozen in the first step, trained from the second
+    list(calibrate(pipe, student, settings.replace(iterations=3)))
+    assert not any(torch.equal(student.get_submodule(n).codebook, book) for n, book in books.items())
+
+
+def test_a_shared_codebook_stays_shared_and_learns_from_every_layer():
+    pipe, student = prepared(GEOMETRY.replace(codebook_scope="model"))
+    run = calibrate(pipe, student, SETTINGS)
+    book = next(iter(run.layers.values())).codebook
+    before = book.detach().clone()
+    packed = run.finish()
+    assert not torch.equal(before, book)
+    assert len({m.codebook.data_ptr() for m in packed.modules() if isinstance(m, VQLinear)}) == 1
+
+
+def test_records_are_written_as_they_happen(tmp_path):
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    first = next(run)
+    assert read_records(tmp_path) == [first]
+    layer = first.layers["transformer_blocks.0.attn1.to_q"]
+    assert sum(layer["histogram"]) == layer["count"] == 32 * 32 // 4
+    assert 0 <= first.mean("moved") <= 1 and 0 <= first.mean("entropy") <= 1.1 and layer["unused"] >= 0
+    run.close()
+
+
+def test_a_stopped_run_resumes_bit_equal(tmp_path):
+    pipe, student = prepared()
+    list(calibrate(pipe, student, SETTINGS))
+    whole = trained_tensors(student)
+
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    for _ in range(5):  # the last checkpoint is at 4
+        next(run)
+    run.close()
+    pipe, student = prepared()
+    resumed = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    assert resumed.iteration == 4
+    resumed.finish()
+    assert all(torch.equal(whole[name], value) for name, value in trained_tensors(student).items())
+    assert [r.iteration for r in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+CHILD = """
+import sys, torch, tiny, test_calibrate as t
+from vqlib.calibrate import calibrate
+torch.set_num_threads(1)
+pipe, student = t.prepared()
+run = calibrate(pipe, student, t.SETTINGS.replace(iterations=40), out=sys.argv[1])
+print("started", flush=True)
+run.finish()
+torch.save(t.trained_tensors(student), sys.argv[2]) if len(sys.argv) > 2 else None
+"""
+
+
+def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
+    def start(folder, *more):
+        environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+        command = [sys.executable, "-c", CHILD, str(folder), *map(str, more)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+
+    assert start(tmp_path / "whole", tmp_path / "whole.pt").wait() == 0
+    draw = random.Random(0)
+    for _ in range(3):
+        child = start(tmp_path / "killed", tmp_path / "killed.pt")
+        assert child.stdout.readline() == "started\n"
+        time.sleep(draw.uniform(0.0, 0.8))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert start(tmp_path / "killed", tmp_path / "killed.pt").wait() == 0
+    whole, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    a, b = (read_records(tmp_path / name) for name in ("whole", "killed"))
+    assert [r.block_losses for r in a] == [r.block_losses for r in b]
+
+
+def test_a_folder_of_other_settings_is_refused_with_the_first_difference(tmp_path):
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    with pytest.raises(RuntimeError, match="calibration.lr_ratios=0.05, now calibration.lr_ratios=0.1"):
+        calibrate(pipe, student, SETTINGS.replace(lr_ratios=0.1), out=tmp_path)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    with pytest.raises(RuntimeError, match="in use by another process"):
+        calibrate(pipe, student, SETTINGS, out=tmp_path)
+    run.close()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+
+
+def test_an_interrupt_is_raised_after_the_step_and_the_run_goes_on():
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS)
+    handle = run.blocks[1].register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    handle.remove()
+    assert run.iteration == 1
+    assert [record.iteration for record in run] == [2, 3, 4, 5, 6]
+
+
+def test_a_model_without_candidates_is_refused():
+    pipe = tiny.pipeline()
+    with pytest.raises(ValueError, match="make one with vqlib.quantize"):
+        calibrate(pipe, tiny.transformer(), SETTINGS)

@@ -1,0 +1,42 @@
+import pytest
+
+from vqlib.config import RECIPES, CalibrationConfig, VQConfig, recipe
+
+
+@pytest.mark.parametrize("bits, k, d", [(2, 256, 4), (3, 64, 2), (4, 256, 2)])
+def test_bits_choose_the_codebook(bits, k, d):
+    config = VQConfig(bits=bits)
+    assert (config.k, config.d, config.bits) == (k, d, bits)
+
+
+def test_bits_follow_from_k_and_d():
+    assert VQConfig(k=512, d=4).bits == 2.25
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 2, "k": 64, "d": 4}, "log2.k./d = 1.5"),
+        ({"k": 16}, "give both or neither"),
+        ({"bits": 2, "candidates": 300}, "candidates=300 is outside 1 … k=256"),
+        ({"codebook_scope": "head"}, "codebook_scope='head'"),
+    ],
+)
+def test_impossible_geometry_is_refused_with_the_numbers(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VQConfig(**settings)
+
+
+def test_every_recipe_survives_a_round_trip_through_a_dict():
+    for settings in RECIPES.values():
+        assert CalibrationConfig.from_dict(settings.to_dict()) == settings
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="recipe 'papr' is not one of"):
+        recipe("papr")
+    with pytest.raises(ValueError, match="no setting iteration"):
+        CalibrationConfig.from_dict({"iteration": 3})
+    with pytest.raises(ValueError, match="loss_at='output'"):
+        CalibrationConfig(loss_at="output")

@@ -1,0 +1,74 @@
+"""Training of the bundled model: data with checked sums, and a killed training that goes on where it was."""
+
+import pytest
+import tiny
+import torch
+
+from vqlib.fashion import dataset, export, recipes, training
+
+
+def test_images_are_padded_to_32_and_match_their_labels(tmp_path):
+    images, labels = dataset.load("test", tiny.fashion_mnist(tmp_path / "data"), verify=False)
+    assert images.shape == (160, 1, 32, 32) and images.dtype == torch.uint8
+    assert images[:, :, :2].max() == 0 and images[:, :, 2].max() > 0
+    assert labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert dataset.to_model(images).min() == -1 and dataset.to_model(images).max() == 1
+
+
+def test_files_that_are_not_fashion_mnist_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="SHA-256 is .* expected cc1d090a"):
+        dataset.load("test", tiny.fashion_mnist(tmp_path / "data"))
+    with pytest.raises(ValueError, match="split 'validation'"):
+        dataset.load("validation")
+
+
+def test_a_stopped_training_goes_on_bit_equal(tmp_path):
+    images, labels = torch.randint(0, 256, (64, 1, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+    config = training.TrainConfig("classifier", steps=6, batch=8, lr=1e-3, warmup=2, checkpoint_every=2)
+
+    def run(folder, stop=None):
+        network = recipes.build_classifier()
+        steps = training.train(network, recipes.classifier_loss(images, labels), 64, config, folder, log_every=1)
+        seen = [next(steps).step for _ in range(stop)] if stop else [progress.step for progress in steps]
+        return network, seen
+
+    whole, _ = run(tmp_path / "whole")
+    run(tmp_path / "stopped", stop=3)
+    resumed, seen = run(tmp_path / "stopped")
+    assert seen == [3, 4, 5, 6], "goes on after the checkpoint at 2"
+    assert training.finished(tmp_path / "stopped", config).images == 48
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    averaged = export.trained(recipes.build_classifier(), "classifier", tmp_path / "stopped")
+    assert torch.equal(averaged.head.weight, whole.head.weight)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    images, labels = torch.zeros(8, 1, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    config = training.TrainConfig("classifier", steps=1, batch=2, lr=1e-3, warmup=1)
+    loss = recipes.classifier_loss(images, labels)
+    list(training.train(recipes.build_classifier(), loss, 8, config, tmp_path))
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        list(training.train(recipes.build_classifier(), loss, 8, recipes.with_steps(config, 2), tmp_path))
+
+
+def test_the_dit_loss_sees_every_part_of_the_output():
+    """ε by the mean squared error, v by the variational bound whose mean is stopped."""
+    dit = recipes.build_dit()
+    loss = recipes.dit_loss(torch.randn(16, 4, 8, 8), torch.arange(16) % 10)
+    loss(dit, torch.arange(16), torch.Generator().manual_seed(0)).backward()
+    gradient = dit.proj_out_2.bias.grad.view(2, 2, 8)  # unpatchify reads p, q, channel
+    assert gradient[..., :4].abs().min() > 0 and gradient[..., 4:].abs().min() > 0
+
+
+def test_the_exported_transformer_is_the_trained_one_in_half_precision(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    dit = recipes.build_dit()
+    torch.nn.init.normal_(dit.proj_out_2.weight, std=0.02)
+    export.export_dit(dit, tmp_path)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.float32).eval()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.tensor([3, 10])
+    with torch.inference_mode():
+        a, b = (m(x, timestep=t, class_labels=y, return_dict=False)[0] for m in (dit.eval(), loaded))
+    assert torch.allclose(a, b, atol=2e-3)

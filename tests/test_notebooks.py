@@ -1,0 +1,50 @@
+"""Every notebook runs from top to bottom with small parameters, and is committed clean and executed."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import tiny
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+
+def test_the_table_of_contents_lists_exactly_the_notebooks():
+    rows = re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\)", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert rows == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_with_small_parameters(path, tmp_path, monkeypatch):
+    """Parameters come from the notebook's metadata; `out` is added where the notebook has such a parameter."""
+    monkeypatch.setenv("FASHION_MNIST", str(tiny.fashion_mnist(tmp_path / "fashion-mnist")))
+    notebook = nbformat.read(path, as_version=4)
+    parameters = dict(notebook.metadata["vqlib"]["test_parameters"])
+    if re.search(r"^out\s*=", parameters_cell(notebook).source, re.MULTILINE):
+        parameters["out"] = str(tmp_path / "run")
+    papermill.execute_notebook(
+        path, tmp_path / path.name, parameters, cwd=FOLDER, progress_bar=False, kernel_name="python3"
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_executed_and_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert "widgets" not in notebook.metadata, "drop metadata.widgets before committing"
+    assert parameters_cell(notebook)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "not executed from top to bottom in a fresh kernel"
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no figure in the committed notebook"
+    assert path.stat().st_size < 2_000_000
+
+
+def parameters_cell(notebook):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{len(tagged)} cells are tagged 'parameters'"
+    return tagged[0]

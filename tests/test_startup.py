@@ -1,0 +1,54 @@
+"""torch-fidelity and diffusers' DiT import in this environment; the torchvision rescue acts only where needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STARTUP = Path(__file__).resolve().parents[1] / "vqlib" / "_startup.py"
+LOAD = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("copy_startup", {str(STARTUP)!r})
+startup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(startup)
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != "Finder"]
+startup.listen()
+"""
+
+
+def python(code, path=None):
+    env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("first", ["", "import vqlib", "import torchvision"])
+def test_torch_fidelity_and_diffusers_import(first):
+    result = python(f"{first}\nimport torch_fidelity\nfrom diffusers import DiTPipeline\nimport vqlib\nprint('ready')")
+    assert result.stdout.strip().endswith("ready"), result.stderr
+
+
+def torchvision(folder, body):
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "__init__.py").write_text("from torchvision import parts\n")
+    (folder / "torchvision" / "parts.py").write_text(body)
+    return folder
+
+
+def test_missing_operators_are_declared(tmp_path):
+    broken = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda dets, scores, threshold: dets)\n"
+    result = python(LOAD + "import torchvision\nprint(len(startup._LIBRARY))", torchvision(tmp_path, broken))
+    assert result.stdout.strip() == "1", result.stderr
+
+
+def test_a_working_torchvision_is_left_alone(tmp_path):
+    result = python(
+        LOAD + "import torchvision\nprint(len(startup._LIBRARY), 'torch' in sys.modules)", torchvision(tmp_path, "")
+    )
+    assert result.stdout.split() == ["0", "False"], result.stderr
+
+
+def test_another_error_is_not_swallowed(tmp_path):
+    result = python(LOAD + "import torchvision", torchvision(tmp_path, "raise RuntimeError('disk on fire')"))
+    assert result.returncode and "disk on fire" in result.stderr

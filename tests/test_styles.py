@@ -1,0 +1,107 @@
+"""Exact widths, embedded fonts, one color per method, files whole."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib as mpl
+import matplotlib.image
+import pandas as pd
+import pytest
+
+from vqlib.styles import (
+    METHOD_COLORS,
+    VENUES,
+    method_color,
+    method_marker,
+    new_figure,
+    save_figure,
+    style,
+    write_atomically,
+)
+
+
+def plot():
+    figure = new_figure(1.5)
+    axis = figure.subplots()
+    axis.plot([1, 2], [3, 4])
+    axis.set(xlabel="iteration $t$", ylabel="loss")
+    return figure
+
+
+@pytest.mark.parametrize("venue, columns", [("AAAI", 1), ("aaai", 2), ("NeurIPS", 1), ("ICML", 1), ("CVPR", 2)])
+def test_the_pdf_is_exactly_as_wide_as_the_column_and_its_fonts_are_embedded(tmp_path, venue, columns):
+    with style(venue, columns) as chosen:
+        figure = plot()
+    pdf = save_figure(figure, tmp_path / "f")["pdf"].read_bytes()
+    box = [float(number) for number in re.search(rb"/MediaBox \[ *([\d. ]+?) *\]", pdf).group(1).split()]
+    expected = chosen.column if columns == 1 else chosen.text
+    assert box[2] - box[0] == pytest.approx(expected * 72, abs=0.01)
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf
+    assert b"STIXGeneral" in pdf and b"DejaVu" not in pdf
+
+
+def test_png_is_300_dpi_and_svg_needs_no_font(tmp_path):
+    with style("AAAI"):
+        figure = plot()
+    paths = save_figure(figure, tmp_path / "deep" / "figure.one", data=pd.DataFrame({"x": [1, 2]}))
+    assert {kind: path.name for kind, path in paths.items()} == {
+        kind: f"figure.one.{kind}" for kind in ("pdf", "svg", "png", "csv")
+    }
+    assert mpl.image.imread(paths["png"]).shape[1] == int(3.3125 * 300)
+    tags = {element.tag.rsplit("}")[-1] for element in ElementTree.parse(paths["svg"]).iter()}
+    assert "path" in tags and "text" not in tags
+    assert paths["csv"].read_text() == "x\n1\n2\n"
+    assert len(list((tmp_path / "deep").iterdir())) == 4  # no leftovers
+
+
+def test_the_same_figure_gives_the_same_bytes(tmp_path):
+    with style("ICML"):
+        first, second = save_figure(plot(), tmp_path / "a"), save_figure(plot(), tmp_path / "b")
+    assert all(first[kind].read_bytes() == second[kind].read_bytes() for kind in first)
+
+
+@pytest.mark.parametrize("venue", VENUES)
+def test_no_text_is_smaller_than_6_points(venue):
+    with style(venue):
+        sizes = [
+            mpl.rcParams[key]
+            for key in ("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize", "axes.labelsize")
+        ]
+    assert min(sizes) >= 6
+
+
+def test_unknown_venues_and_widths_are_refused():
+    with pytest.raises(ValueError, match="'ICLR' is not one of AAAI"), style("ICLR"):
+        pass
+    with pytest.raises(ValueError, match="columns=3"), style("AAAI", columns=3):
+        pass
+
+
+def test_a_style_leaves_nothing_behind():
+    before = dict(mpl.rcParams)
+    with style("AAAI"):
+        pass
+    assert dict(mpl.rcParams) == before
+
+
+def test_one_method_one_color_however_it_is_qualified():
+    assert method_color("VQ4DiT, n = 3") == method_color("VQ4DiT") == METHOD_COLORS["VQ4DiT"]
+    assert method_color("k-means only, 2 bits") == METHOD_COLORS["k-means"]
+    assert method_color("GPTVQ-like") != method_color("GPTQ group-wise") == METHOD_COLORS["GPTQ"]
+    assert method_color("round-to-nearest") == METHOD_COLORS["RTN"]
+    assert method_color("something new") == method_color("something new")
+    assert (
+        len(set(METHOD_COLORS.values())) == len(METHOD_COLORS) == len({method_marker(name) for name in METHOD_COLORS})
+    )
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_atomically(tmp_path / "t.csv", b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,52 @@
+"""VQ4DiT workbench: post-training vector quantization of Diffusion Transformers (arXiv 2408.17131).
+
+    weights -> codebook -> candidates -> calibrate -> checkpoint -> sample -> evaluate -> figure / table
+"""
+
+from vqlib import _compat  # noqa: F401, first: torchvision beside a CPU build of torch
+from vqlib.calibrate import Calibration, calibrate
+from vqlib.checkpoint import CheckpointError, load_transformer, save, size_report
+from vqlib.codebook import Codebook, fit_codebook
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe
+from vqlib.evaluate import Metrics, evaluate
+from vqlib.frechet import frechet_distance
+from vqlib.kernels import assign, nearest
+from vqlib.layers import CandidateLinear, VQLinear
+from vqlib.models import Pipeline, load
+from vqlib.packing import pack_codes, unpack_codes
+from vqlib.quantize import harden, quantize, reconstruction_error
+from vqlib.runs import Record, read_records
+from vqlib.sampling import sample
+
+__all__ = [
+    "RECIPES",
+    "Calibration",
+    "CalibrationConfig",
+    "CandidateLinear",
+    "CheckpointError",
+    "Codebook",
+    "Metrics",
+    "Pipeline",
+    "Record",
+    "SamplingConfig",
+    "VQConfig",
+    "VQLinear",
+    "assign",
+    "calibrate",
+    "evaluate",
+    "fit_codebook",
+    "frechet_distance",
+    "harden",
+    "load",
+    "load_transformer",
+    "nearest",
+    "pack_codes",
+    "quantize",
+    "read_records",
+    "recipe",
+    "reconstruction_error",
+    "sample",
+    "save",
+    "size_report",
+    "unpack_codes",
+]

@@ -1,0 +1,266 @@
+"""Block-wise, zero-data calibration: one `Record` per step, interruptible, resumable, bit-equal on CPU after a resume.
+
+While the full-precision model makes one forward pass, each block's student is evaluated on that block's inputs,
+differentiated and stepped before the next block runs: memory holds the graph of one block only.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqlib import kernels, models
+from vqlib.candidates import freeze
+from vqlib.config import CalibrationConfig
+from vqlib.layers import CandidateLinear
+from vqlib.losses import RATIO_LOSSES, block_loss, total_ratio_loss
+from vqlib.memory import keep_freed_memory, peak_memory
+from vqlib.optimizers import BlockOptimizers, with_prefix
+from vqlib.quantize import harden
+from vqlib.runs import Record, RunFolder
+from vqlib.trajectory import Inputs, Trajectory
+
+SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
+
+
+def calibrate(
+    pipe: models.Pipeline, model: nn.Module, config: CalibrationConfig | None = None, out: str | Path | None = None
+) -> Calibration:
+    """Calibrate `model` (from `quantize`) against `pipe.transformer`, in place; iterate for Records, then `.finish()`.
+
+    With `out` the run is kept in that folder: an unfinished run of the same settings goes on from its last checkpoint.
+    Raises RuntimeError where the folder holds other settings or another process, ValueError where nothing is to be trained.
+    """
+    return Calibration(pipe, model, config or CalibrationConfig(), out)
+
+
+class Calibration(Iterator[Record]):
+    """A run in progress: `iteration` steps are done, `next()` makes one more, `finish()` makes the rest and packs."""
+
+    def __init__(
+        self, pipe: models.Pipeline, model: nn.Module, config: CalibrationConfig, out: str | Path | None
+    ) -> None:
+        if not any(isinstance(m, CandidateLinear) for m in model.modules()):
+            raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
+        keep_freed_memory()
+        self.teacher, self.student, self.config = pipe.transformer, model, config
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CandidateLinear)}
+        self.blocks = models.block_list(model)
+        self._prepare_parameters()
+        self.optimizers = BlockOptimizers(self.blocks, config)
+        self.trajectory = Trajectory(pipe, config)
+        self.iteration, self.ratio_minimum = 0, math.inf
+        self.settled = {name: layer.logits is None for name, layer in self.layers.items()}
+        self.folder = RunFolder(out, self._settings(pipe)) if out is not None else None
+        if not self._resume():
+            self.trajectory.stagger(self._teacher_output)
+
+    @property
+    def remaining(self) -> int:
+        """Steps still to make; the length a progress bar needs."""
+        return self.config.iterations - self.iteration
+
+    def __len__(self) -> int:
+        return self.remaining
+
+    def __next__(self) -> Record:
+        """One optimizer step. An interrupt during it is raised after it, so the run can simply be continued."""
+        if self.remaining <= 0:
+            raise StopIteration
+        with _interrupt_after():
+            record = self._step()
+            if self.folder:
+                self.folder.append(record)
+                every = self.config.checkpoint_every
+                if self.remaining == 0 or (every and self.iteration % every == 0):
+                    self.folder.save(self._state(), self.iteration)
+        return record
+
+    def finish(self) -> nn.Module:
+        """Make the remaining steps, give the folder back, and return the packed transformer."""
+        for _ in self:
+            pass
+        self.close()
+        return harden(self.student)
+
+    def close(self) -> None:
+        """Release the run folder; the run can be resumed from its last checkpoint."""
+        if self.folder:
+            self.folder.close()
+            self.folder = None
+
+    def _step(self) -> Record:
+        started = time.perf_counter()
+        inputs = self.trajectory.inputs()
+        self.optimizers.start(self.iteration)
+        push = self._push_ratios()
+        if self.config.block_inputs == "end-to-end":
+            output, losses = self._end_to_end(inputs, push)
+        else:
+            output, losses = self._streaming(inputs, push)
+        self.trajectory.advance(output)
+        self.iteration += 1
+        layers = {name: self._settle(name, layer) for name, layer in self.layers.items()}
+        ratio_loss = sum(layer.pop("ratio_loss") for layer in layers.values())
+        return Record(self.iteration, losses, ratio_loss, layers, time.perf_counter() - started, peak_memory())
+
+    def _streaming(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
+        """One teacher forward; every block's student follows inside it. Returns the teacher's output and L_d per block."""
+        losses: list[float] = []
+        carried: list[Tensor] = []  # the student's own activations, with block_inputs="student"
+
+        def follow(index: int):
+            def hook(block, args, kwargs, output):
+                hidden = carried.pop() if carried else args[0]
+                with torch.enable_grad():
+                    own = self.blocks[index](hidden, *args[1:], **kwargs)
+                    loss = block_loss(own, output)
+                    self._backward(self.config.lambda_d * loss, self.blocks[index], push)
+                losses.append(loss.item())
+                self.optimizers.step(index)
+                if self.config.block_inputs == "student":
+                    carried.append(own.detach())
+
+            return hook
+
+        with ExitStack() as hooks:
+            for index, block in enumerate(models.block_list(self.teacher)):
+                hooks.enter_context(_hooked(block, follow(index)))
+            output = self._teacher_output(inputs)
+        self.optimizers.step_shared()
+        return output, losses
+
+    def _end_to_end(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
+        """The student on its own activations, one graph through all blocks, as the release; needs memory for all of it."""
+        targets, own = [], []
+        with ExitStack() as hooks:
+            for block in models.block_list(self.teacher):
+                hooks.enter_context(_hooked(block, lambda b, a, k, out: targets.append(out)))
+            for block in self.blocks:
+                hooks.enter_context(_hooked(block, lambda b, a, k, out: own.append(out)))
+            output = self._teacher_output(inputs)
+            student_output = models.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
+        losses = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
+        loss = block_loss(student_output, output) if self.config.loss_at == "output" else sum(losses) / len(losses)
+        self._backward(self.config.lambda_d * loss, self.student, push)
+        for index in range(len(self.blocks)):
+            self.optimizers.step(index)
+        self.optimizers.step_shared()
+        return output, [loss.item() for loss in losses]
+
+    def _backward(self, loss: Tensor, part: nn.Module, push: bool) -> None:
+        """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`."""
+        members = set(part.modules())
+        own = {name: layer for name, layer in self.layers.items() if layer in members}
+        if push:
+            term = RATIO_LOSSES[self.config.ratio_loss]
+            loss = loss + self.config.lambda_r * sum(term(c.logits) for c in own.values() if c.logits is not None)
+        loss.backward()
+        if self.config.train_codebooks == "frozen":
+            for name, layer in own.items():
+                if not self.settled[name]:
+                    layer.codebook.grad = None
+
+    def _push_ratios(self) -> bool:
+        """Whether L_r takes part in this step."""
+        logits = [layer.logits for layer in self.layers.values() if layer.logits is not None]
+        if not logits or self.config.ratio_loss_when == "never":
+            return False
+        if self.config.ratio_loss_when == "always":
+            return True
+        value = total_ratio_loss(self.config.ratio_loss, logits)
+        rising = value > self.ratio_minimum
+        self.ratio_minimum = min(self.ratio_minimum, value)
+        return rising
+
+    def _settle(self, name: str, layer: CandidateLinear) -> dict:
+        """Freeze what has passed the threshold; the layer's figures for the record."""
+        figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
+        if layer.logits is not None:
+            ratios = kernels.ratio_statistics(layer.logits.data, self.config.freeze_above)
+            figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_nearest, "entropy": ratios.entropy}
+            figures |= {"histogram": ratios.histogram.tolist()}
+            figures |= {"ratio_loss": total_ratio_loss(self.config.ratio_loss, [layer.logits])}
+            freeze(layer.logits.data, self.config.freeze_above)
+            self.settled[name] = ratios.frozen > SETTLED
+        assignments = layer.candidates.gather(1, layer.winners().unsqueeze(1)).squeeze(1)
+        used = torch.bincount(assignments.int(), minlength=len(layer.codebook)).count_nonzero()
+        return figures | {"unused": len(layer.codebook) - int(used)}
+
+    def _teacher_output(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return models.forward(self.teacher, inputs.x, inputs.timestep, inputs.labels)
+
+    def _prepare_parameters(self) -> None:
+        """Only logits, codebooks, layer scales and biases of the quantized layers are trained."""
+        self.student.eval().requires_grad_(False)
+        for layer in self.layers.values():
+            if layer.logits is not None:
+                layer.logits.requires_grad_(True)
+            layer.codebook.requires_grad_(self.config.train_codebooks != "never")
+            if layer.scale is not None:
+                layer.scale.requires_grad_(self.config.train_codebooks != "never")
+            if layer.bias is not None:
+                layer.bias.requires_grad_(self.config.train_biases)
+        if not any(p.requires_grad for p in self.student.parameters()):
+            raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
+
+    def _settings(self, pipe: models.Pipeline) -> dict:
+        name, layer = next(iter(self.layers.items()))
+        geometry = {"model": pipe.name, "layers": len(self.layers), "first_layer": name}
+        geometry |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
+        geometry |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
+        return {"calibration": self.config.to_dict(), "student": geometry}
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"student.{n}.{k}": v for n, m in self.layers.items() for k, v in m.state_dict().items()}
+        state |= {f"trajectory.{k}": v for k, v in self.trajectory.state().items()}
+        state |= {f"optimizer.{k}": v for k, v in self.optimizers.state().items()}
+        flags = torch.tensor([self.settled[name] for name in self.layers])
+        return state | {"settled": flags, "ratio_minimum": torch.tensor(self.ratio_minimum, dtype=torch.float64)}
+
+    def _resume(self) -> bool:
+        found = self.folder.load() if self.folder else None
+        if found is None:
+            return False
+        state, self.iteration = found
+        for name, layer in self.layers.items():
+            layer.load_state_dict({k: state[f"student.{name}.{k}"] for k in layer.state_dict()})
+        self.trajectory.load_state(with_prefix(state, "trajectory."))
+        self.optimizers.load_state(with_prefix(state, "optimizer."))
+        self.settled = dict(zip(self.layers, state["settled"].tolist(), strict=True))
+        self.ratio_minimum = state["ratio_minimum"].item()
+        return True
+
+
+@contextmanager
+def _hooked(block: nn.Module, hook) -> Iterator[None]:
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _interrupt_after() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block, so that a step is made wholly or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt

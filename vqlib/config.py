@@ -1,0 +1,160 @@
+"""Settings as frozen dataclasses: what is quantized, how it is calibrated, how images are sampled.
+
+Every field carries its unit or range; `__post_init__` refuses what cannot work, with the caller's numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
+
+
+class _Settings:
+    """`to_dict` / `from_dict` / `replace`, shared by all settings; unknown keys are refused by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}")
+        return cls(**values)
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def _one_of(self, name: str, allowed: tuple) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+@dataclass(frozen=True)
+class VQConfig(_Settings):
+    """How weights become codes: `k` codewords of length `d`, `candidates` n of them offered to each sub-vector.
+
+    Give `bits` alone (2, 3, 4), or `k` and `d`; `bits` is then log2(k) / d. `codebook_scope` is what shares one codebook: a
+    layer, a block, or the whole model (then each layer keeps a scale of its own).
+    """
+
+    bits: float | None = None
+    d: int | None = None
+    k: int | None = None
+    candidates: int = 3
+    ratio_start: str = "equal"
+    codebook_scope: str = "layer"
+    kmeans_iterations: int = 100
+
+    def __post_init__(self):
+        if (self.k is None) != (self.d is None):
+            raise ValueError(f"k={self.k} and d={self.d}: give both or neither")
+        if self.k is None:
+            bits = 2 if self.bits is None else self.bits
+            if bits not in BITS_TO_K_D:
+                raise ValueError(f"bits={bits} has no default codebook; give k and d (known: {sorted(BITS_TO_K_D)})")
+            k, d = BITS_TO_K_D[bits]
+            object.__setattr__(self, "k", k)
+            object.__setattr__(self, "d", d)
+        if self.d < 1 or not 2 <= self.k <= 65536:
+            raise ValueError(f"k={self.k}, d={self.d}: k must be 2 … 65536 and d at least 1")
+        bits = math.log2(self.k) / self.d
+        if self.bits is not None and not math.isclose(self.bits, bits):
+            raise ValueError(f"bits={self.bits} but k={self.k} and d={self.d} give log2(k)/d = {bits:.4g}")
+        object.__setattr__(self, "bits", int(bits) if bits == int(bits) else bits)
+        if not 1 <= self.candidates <= self.k:
+            raise ValueError(f"candidates={self.candidates} is outside 1 … k={self.k}")
+        self._one_of("ratio_start", ("equal", "distance"))
+        self._one_of("codebook_scope", ("layer", "block", "model"))
+        self._positive("kmeans_iterations")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig(_Settings):
+    """One calibration run: zero-data inputs, loss, optimizer, hardening. Recipes are in `RECIPES`; see `recipe()`."""
+
+    iterations: int = 500  # optimizer steps
+    batch_size: int = 16  # images on the trajectory; doubled by their unconditional halves when guidance_scale > 1
+    steps: int = 50  # DDPM timesteps of a trajectory
+    guidance_scale: float = 1.5
+    inputs: str = "trajectory"  # or "noise": Gaussian x_t at random timesteps, the control experiment
+    timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
+    block_inputs: str = "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
+    loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
+    lambda_d: float = 1.0
+    lambda_r: float = 1.0
+    ratio_loss: str = "absolute"  # Eq. 9, 1 − |2r − 1|; "quadratic": n · r(1 − r)
+    ratio_loss_when: str = "always"  # "rising": only in steps where it is above its running minimum; "never"
+    freeze_above: float = 0.99  # a sub-vector whose largest ratio passes this takes that candidate for good
+    train_codebooks: str = "always"  # "frozen": once 99 % of the layer is frozen; "never"
+    train_biases: bool = True
+    optimizer: str = "rmsprop"  # or "adam"
+    smoothing: float = 0.99  # RMSprop's alpha, Adam's beta2
+    lr_ratios: float = 5e-2
+    lr_codebooks: float = 1e-4  # codebooks, biases and layer scales
+    lr_decay: str = "constant"  # "cosine": to zero over the run
+    seed: int = 0
+    checkpoint_every: int = 100  # iterations; 0: only at the end
+
+    def __post_init__(self):
+        self._positive("iterations", "batch_size", "steps", "guidance_scale", "lr_ratios", "lr_codebooks")
+        self._one_of("inputs", ("trajectory", "noise"))
+        self._one_of("timestep_order", ("staggered", "sequential"))
+        self._one_of("block_inputs", ("full", "student", "end-to-end"))
+        self._one_of("loss_at", ("block", "output"))
+        self._one_of("ratio_loss", ("absolute", "quadratic"))
+        self._one_of("ratio_loss_when", ("always", "rising", "never"))
+        self._one_of("train_codebooks", ("always", "frozen", "never"))
+        self._one_of("optimizer", ("rmsprop", "adam"))
+        self._one_of("lr_decay", ("constant", "cosine"))
+        if not 0.5 < self.freeze_above <= 1.0:
+            raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
+        if self.loss_at == "output" and self.block_inputs != "end-to-end":
+            raise ValueError("loss_at='output' follows the student end to end: it needs block_inputs='end-to-end'")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Settings):
+    """DDPM steps, classifier-free guidance, and how many images share a forward pass."""
+
+    steps: int = 50
+    guidance_scale: float = 1.5
+    guidance_channels: int = 3  # latent channels that are guided; the original DiT guides the first 3 of 4
+    batch_size: int = 100
+
+    def __post_init__(self):
+        self._positive("steps", "guidance_scale", "guidance_channels", "batch_size")
+
+
+RECIPES = {
+    # The paper: ratios at 1/n, Eq. 8–10, full-precision block inputs, codebooks and ratios together.
+    "paper": CalibrationConfig(),
+    # The authors' later code release, where it differs from the paper.
+    "release": CalibrationConfig(
+        batch_size=4,
+        guidance_scale=4.0,
+        timestep_order="sequential",
+        block_inputs="end-to-end",
+        ratio_loss="quadratic",
+        ratio_loss_when="rising",
+        train_codebooks="frozen",
+        smoothing=0.9,
+    ),
+}
+RECIPE_VQ = {"paper": VQConfig(), "release": VQConfig(candidates=2, ratio_start="distance")}
+
+
+def recipe(name: str, **changes) -> CalibrationConfig:
+    """The calibration settings of a named recipe, with changes; raises ValueError on an unknown name."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is not one of {sorted(RECIPES)}")
+    return RECIPES[name].replace(**changes)

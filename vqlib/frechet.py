@@ -1,0 +1,133 @@
+"""Fréchet distance between two sets of features: float64 statistics, gathered in a stream, and the distance itself.
+
+FD = ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) (Heusel et al. 2017, eq. 6). The distance is torch-fidelity's; its statistics
+take the mean in float32 and need all features at once, so those are gathered here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FeatureStatistics:
+    """Running count, mean [D] and scatter [D, D] of features, float64 on the CPU; its size does not grow with N."""
+
+    count: int = 0
+    mean: Tensor | None = None
+    scatter: Tensor | None = None
+
+    def update(self, features: Tensor) -> FeatureStatistics:
+        """Add features [B, D] (merged as Chan, Golub and LeVeque 1983). Raises ValueError on NaN or infinity."""
+        if features.ndim != 2:
+            raise ValueError(f"features have shape {tuple(features.shape)}, expected [B, D]")
+        x = features.detach().cpu().double()  # [B, D], widened to float64
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
+            raise ValueError(f"features of image {self.count + bad} contain NaN or infinity")
+        if self.mean is not None and x.shape[1] != len(self.mean):
+            raise ValueError(f"features have {x.shape[1]} dimensions, those before have {len(self.mean)}")
+        if not len(x):
+            return self
+        mean = x.mean(dim=0)  # [B, D] -> [D]
+        centered = x - mean
+        scatter = centered.T @ centered  # [B, D] -> [D, D]
+        if self.mean is None:
+            self.count, self.mean, self.scatter = len(x), mean, scatter
+            return self
+        total, shift = self.count + len(x), mean - self.mean
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * len(x) / total)
+        self.mean = self.mean + shift * (len(x) / total)
+        self.count = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance float64 [D, D], as `numpy.cov`."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor, allow_few: bool = False) -> float:
+    """Fréchet distance of features [N, D] and [M, D].
+
+    Raises ValueError on NaN, on different D, and where N or M is below D + 1 (a singular covariance makes the distance
+    depend mostly on the count) unless `allow_few`, which is for smoke tests.
+    """
+    sets = [FeatureStatistics().update(torch.as_tensor(features)) for features in (features_a, features_b)]
+    dimensions = [torch.as_tensor(features).shape[1] for features in (features_a, features_b)]
+    if dimensions[0] != dimensions[1]:
+        raise ValueError(f"features have {dimensions[0]} and {dimensions[1]} dimensions")
+    check_counts(sets[0].count, sets[1].count, dimensions[0], allow_few)
+    return frechet_from_statistics(sets[0].mean, sets[0].covariance, sets[1].mean, sets[1].covariance)
+
+
+def frechet_from_statistics(mu1, sigma1, mu2, sigma2) -> float:
+    """Fréchet distance of two Gaussians: means [D], covariances [D, D], tensors or arrays, widened to float64."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    arrays = [np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2)]
+    d = len(arrays[0])
+    for name, array, shape in zip(("mu1", "sigma1", "mu2", "sigma2"), arrays, ((d,), (d, d)) * 2):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} contains NaN or infinity")
+    first, second = ({"mu": mu, "sigma": sigma} for mu, sigma in (arrays[:2], arrays[2:]))
+    distance = fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+    return max(0.0, distance)  # rounding alone can make the distance of equal statistics −1e-12
+
+
+def check_counts(images: int, reference_images: int | None, dimensions: int, allow_few: bool = False) -> None:
+    """Refuse fewer than D + 1 images on either side: the covariance would be singular."""
+    few = images <= dimensions or (reference_images is not None and reference_images <= dimensions)
+    if few and not allow_few:
+        known = "unknown" if reference_images is None else reference_images
+        raise ValueError(
+            f"{images} images against {known} of the reference are too few for {dimensions} feature dimensions: "
+            f"at least {dimensions + 1} on each side (allow_few=True for a smoke test)"
+        )
+
+
+def bootstrap_interval(
+    features: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    distance: float,
+    resamples: int,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Interval of the distance at this count: features [N, D] resampled with replacement, the reference held fixed.
+
+    Resampling repeats images and so raises every replicate alike; the replicates are therefore centered on `distance`,
+    and the interval says how far it moves with other seeds, not how far it is from that of infinitely many images.
+    """
+    if resamples < 2 or not 0 < level < 1:
+        raise ValueError(f"bootstrap={resamples} resamples at level {level}: needs at least 2, and a level in (0, 1)")
+    x = features.cpu().double() - mean  # [N, D], widened to float64; shifted, so that the products below cancel little
+    generator = torch.Generator().manual_seed(seed)
+    replicates = torch.empty(resamples, dtype=torch.float64)
+    for i in range(resamples):
+        drawn = torch.randint(len(x), (len(x),), generator=generator)
+        weight = torch.bincount(drawn, minlength=len(x)).double()  # [N], how often each image is drawn
+        mu = weight @ x / len(x)  # [N] @ [N, D] -> [D]
+        sigma = (x.T * weight) @ x - len(x) * torch.outer(mu, mu)  # [D, D]
+        replicates[i] = frechet_from_statistics(mu, sigma / (len(x) - 1), torch.zeros_like(mu), covariance)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = (distance + torch.quantile(replicates, tails) - replicates.mean()).tolist()
+    return max(0.0, low), high
+
+
+def seed_interval(values: list[float]) -> tuple[float, float]:
+    """(mean, standard error) of one metric over runs that differ in their seeds only."""
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} value: an interval over seeds needs at least 2 runs")
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values)))

@@ -1,0 +1,170 @@
+"""Images from wherever they are, as a stream of uint8 blocks [B, C, H, W]: the one form every extractor takes.
+
+Tensors, NumPy arrays, Datasets, iterators of batches, folders and `.npz` files are read block by block, so memory does
+not grow with the number of images. What is not plainly an 8-bit image is refused, never converted in silence.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 500  # images; also the unit of the feature cache
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+
+
+def count_images(source) -> int | None:
+    """Number of images, where it can be known without reading them; None for iterators."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        return len(_image_files(path)) if path.is_dir() else _npz_header(path)[0][0]
+    if _is_batches(source):
+        return sum(len(batch) for batch in source)
+    return len(source) if hasattr(source, "__getitem__") and hasattr(source, "__len__") else None
+
+
+def image_blocks(source, block: int = BLOCK) -> Iterator[Tensor]:
+    """Blocks of exactly `block` images (the last may be smaller), uint8 [B, C, H, W] with C = 1 or 3, all of one size.
+
+    `source`: uint8 tensor [N, C, H, W] · NumPy array [N, H, W, C] · map-style Dataset of uint8 [C, H, W] (of a tuple,
+    the first part) · iterable of uint8 batches, for example a sampler · folder of images · `.npz` with `arr_0`, as ADM.
+    Raises ValueError for floats, NaN, another shape, mixed sizes, or no images.
+    """
+    waiting: list[Tensor] = []
+    shape, held, seen = None, 0, 0
+    for batch in _batches(source, block):
+        batch = _checked(batch, shape, seen)
+        shape = batch.shape[1:]
+        waiting.append(batch)
+        held, seen = held + len(batch), seen + len(batch)
+        if held >= block:
+            joined = torch.cat(waiting)
+            full = held // block * block
+            yield from joined[:full].split(block)
+            waiting, held = [joined[full:]], held - full
+    if held:
+        yield torch.cat(waiting)
+    if not seen:
+        raise ValueError(f"no images in {_describe(source)}")
+
+
+def fit_channels(images: Tensor, channels: int) -> Tensor:
+    """Grey repeated to three channels, or three equal ones to one -> [B, channels, H, W]; color is never made grey."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)  # [B, 1, H, W] -> [B, 3, H, W]
+    if not bool((images == images[:, :1]).all()):
+        raise ValueError(f"images are in color ({tuple(images.shape[1:])}); the extractor takes {channels} channel")
+    return images[:, :1].contiguous()  # [B, 3, H, W] -> [B, 1, H, W]
+
+
+def _batches(source, block: int) -> Iterator:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        yield from _folder_batches(path, block) if path.is_dir() else _npz_batches(path, block)
+    elif isinstance(source, (Tensor, np.ndarray)):
+        if source.ndim != 4:
+            raise ValueError(f"images have shape {tuple(source.shape)}, expected [N, C, H, W] (NumPy: [N, H, W, C])")
+        yield from (source[i : i + block] for i in range(0, len(source), block))
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not _is_batches(source):
+        for start in range(0, len(source), block):
+            items = (source[i] for i in range(start, min(start + block, len(source))))
+            yield torch.stack([_one_image(item, start) for item in items])
+    elif isinstance(source, Iterable):
+        yield from source
+    else:
+        raise ValueError(f"images of type {type(source).__name__}: give a tensor, Dataset, iterator, folder or .npz")
+
+
+def _is_batches(source) -> bool:
+    """Whether a list holds batches, not images."""
+    return isinstance(source, (list, tuple)) and len(source) > 0 and getattr(source[0], "ndim", 0) == 4
+
+
+def _one_image(item, start: int) -> Tensor:
+    image = item[0] if isinstance(item, (tuple, list)) else item
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        shape = tuple(getattr(image, "shape", ()))
+        raise ValueError(f"image near {start} is {type(image).__name__} {shape}, expected a uint8 tensor [C, H, W]")
+    return image
+
+
+def _checked(batch, shape: torch.Size | None, seen: int) -> Tensor:
+    batch = batch[0] if isinstance(batch, (tuple, list)) else batch  # a DataLoader's (images, labels)
+    where = f"images {seen} … {seen + len(batch) - 1}"
+    if isinstance(batch, np.ndarray):
+        batch = torch.from_numpy(np.ascontiguousarray(batch))
+        batch = batch.permute(0, 3, 1, 2) if batch.ndim == 4 else batch  # [B, H, W, C] -> [B, C, H, W]
+    if not isinstance(batch, Tensor):
+        raise ValueError(f"{where} are {type(batch).__name__}, expected a uint8 tensor [B, C, H, W]")
+    if batch.dtype != torch.uint8:
+        nan = " and contain NaN" if batch.is_floating_point() and bool(batch.isnan().any()) else ""
+        raise ValueError(f"{where} are {batch.dtype}{nan}; metrics need uint8 pixels 0 … 255: convert them first")
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+        raise ValueError(f"{where} have shape {tuple(batch.shape)}, expected [B, C, H, W] with C = 1 or 3")
+    if shape is not None and batch.shape[1:] != shape:
+        raise ValueError(f"{where} are {tuple(batch.shape[1:])}, the images before are {tuple(shape)}")
+    # A fresh copy, not .contiguous(): one channel hides a channels-last order, which changes a convolution's last bits.
+    return batch.clone(memory_format=torch.contiguous_format)
+
+
+def _image_files(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix[1:].lower() in SUFFIXES)
+
+
+def _folder_batches(folder: Path, block: int) -> Iterator[Tensor]:
+    from torch_fidelity.datasets import ImagesPathDataset
+
+    files = _image_files(folder)
+    dataset = ImagesPathDataset(files)  # RGB
+    for start in range(0, len(files), block):
+        images = [dataset[i] for i in range(start, min(start + block, len(files)))]
+        odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+        if odd is not None:
+            size, first = tuple(images[odd].shape), tuple(images[0].shape)
+            raise ValueError(f"{files[start + odd]} is {size}, the images before are {first}")
+        yield torch.stack(images)
+
+
+def _npz_header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of `arr_0`, without reading it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a folder of images nor an .npz file")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            return _array_header(file, path)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} holds no readable images ('arr_0'): {error}") from None
+
+
+def _array_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype != np.uint8 or len(shape) != 4 or fortran:
+        raise ValueError(f"{path}: 'arr_0' is {dtype} {shape}, expected uint8 [N, H, W, C]")
+    return shape, dtype
+
+
+def _npz_batches(path: Path, block: int) -> Iterator[np.ndarray]:
+    """Read `arr_0` as a stream: ADM's reference holds 2 GB of images."""
+    shape, _ = _npz_header(path)
+    each = int(np.prod(shape[1:]))
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        _array_header(file, path)
+        for start in range(0, shape[0], block):
+            count = min(block, shape[0] - start)
+            data = file.read(count * each)
+            if len(data) != count * each:
+                raise ValueError(f"{path}: 'arr_0' ends after {start + len(data) // each} of {shape[0]} images")
+            yield np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:])
+
+
+def _describe(source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__

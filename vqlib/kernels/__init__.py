@@ -1,0 +1,122 @@
+"""The loops over sub-vectors that decide the running time, one fused implementation per device.
+
+float32 on the CPU runs the numba kernels, everything else the plain torch twins in `reference`. The
+kernels' results do not depend on the number of threads.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vqlib.kernels import reference
+from vqlib.kernels.reference import ClusterSums, RatioStatistics
+
+__all__ = [
+    "ClusterSums",
+    "RatioStatistics",
+    "assign",
+    "cluster_sums",
+    "nearest",
+    "ratio_statistics",
+    "soft_reconstruct",
+]
+
+
+@lru_cache(maxsize=None)
+def _compiled():
+    """The modules of numba kernels, or None without numba; imported at first use to keep imports fast."""
+    try:
+        from vqlib.kernels import cpu, cpu_soft
+    except ImportError:
+        return None
+    return cpu, cpu_soft
+
+
+def _on_cpu(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and _compiled() is not None
+
+
+def _array(tensor: Tensor):
+    return tensor.detach().contiguous().numpy()
+
+
+def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and codewords checked and widened to at least float32."""
+    if x.dim() != 2 or codewords.dim() != 2 or x.shape[1] != codewords.shape[1] or len(codewords) == 0:
+        shapes = f"points {list(x.shape)} and codewords {list(codewords.shape)}"
+        raise ValueError(f"{shapes} must be [N, d] and [k, d], k >= 1")
+    if x.device != codewords.device:
+        raise ValueError(f"points are on {x.device}, codewords on {codewords.device}")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codewords.dtype), torch.float32)
+    return x.detach().to(dtype), codewords.detach().to(dtype)
+
+
+def assign(x: Tensor, codewords: Tensor) -> Tensor:
+    """Index of the nearest codeword of every point; the first of equals. [N, d], [k, d] -> int64 [N]."""
+    x, codewords = _pair(x, codewords)
+    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
+        return torch.from_numpy(_compiled()[0].assign(_array(x), _array(codewords)))
+    return reference.assign(x, codewords)
+
+
+def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
+    """Indices of the n nearest codewords, nearest first (Eq. 5). [N, d], [k, d] -> int64 [N, n]; ValueError: n > k."""
+    x, codewords = _pair(x, codewords)
+    if not 1 <= n <= len(codewords):
+        raise ValueError(f"n={n} candidates asked for, but the codebook has k={len(codewords)} codewords")
+    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
+        return torch.from_numpy(_compiled()[0].nearest(_array(x), _array(codewords), n))
+    return reference.nearest(x, codewords, n)
+
+
+def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
+    """A k-means pass: assign every point, add it up per codeword in float64. [N, d], [k, d] -> [k, d], [k], [k]."""
+    x, codewords = _pair(x, codewords)
+    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
+        return ClusterSums(*map(torch.from_numpy, _compiled()[0].cluster_sums(_array(x), _array(codewords))))
+    return reference.cluster_sums(x, codewords)
+
+
+class _SoftReconstruct(torch.autograd.Function):
+    """Fused forward and backward on the CPU; keeps nothing but its inputs."""
+
+    @staticmethod
+    def forward(ctx, codewords, candidates, logits):
+        ctx.save_for_backward(codewords, candidates, logits)
+        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
+        return torch.from_numpy(_compiled()[1].forward(*arrays))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        codewords, candidates, logits = ctx.saved_tensors
+        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
+        grad_codewords, grad_logits = _compiled()[1].backward(*arrays, _array(grad))
+        return torch.from_numpy(grad_codewords), None, None if logits is None else torch.from_numpy(grad_logits)
+
+
+def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
+    """Ratio-weighted mean of each sub-vector's candidates (Eq. 6 and 7), differentiable in codewords and logits.
+
+    [k, d], integer [N, n], [N, n] -> [N, d]. With n = 1 the logits have no effect and may be None.
+    ValueError for shapes that do not fit, IndexError for a candidate outside the codebook.
+    """
+    count, n = candidates.shape
+    if (logits is None and n != 1) or (logits is not None and logits.shape != candidates.shape):
+        shape = None if logits is None else list(logits.shape)
+        raise ValueError(f"logits {shape} do not fit candidates [{count}, {n}]; None is allowed for n = 1 only")
+    floats = (codewords,) if logits is None else (codewords, logits)
+    if _on_cpu(*floats) and candidates.device.type == "cpu":
+        if codewords.shape[1] <= _compiled()[1].MAX_LENGTH and n <= _compiled()[1].MAX_CANDIDATES:
+            return _SoftReconstruct.apply(codewords, candidates, logits)
+    return reference.soft_reconstruct(codewords, candidates, logits)
+
+
+def ratio_statistics(logits: Tensor, threshold: float = 0.99) -> RatioStatistics:
+    """Histogram, entropy, winners and frozen share of the ratios softmax(logits [N, n]) in one pass, for records."""
+    logits = logits.detach()
+    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
+        histogram, totals = _compiled()[1].statistics(_array(logits), threshold)
+        return RatioStatistics(torch.from_numpy(histogram), *(totals / max(len(logits), 1)).tolist())
+    return reference.ratio_statistics(logits, threshold)

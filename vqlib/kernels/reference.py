@@ -1,0 +1,111 @@
+"""Plain torch twins of every kernel: slow, readable, any device and dtype.
+
+Searches go through the points in chunks, so that memory stays bounded however many sub-vectors a layer has. The
+compiled kernels are tested against these functions; devices without a compiled kernel use them directly.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SCORES_PER_CHUNK = 1 << 24  # elements of the [chunk, k] score matrix: 64 MiB in float32
+HISTOGRAM_BINS = 20
+
+
+class ClusterSums(NamedTuple):
+    """What one k-means update needs of a pass over the points, per codeword, in float64 and int64."""
+
+    sums: Tensor  # [k, d] sum of the points assigned
+    counts: Tensor  # [k] number of points assigned
+    squares: Tensor  # [k] sum of the squared norms of the points assigned
+
+
+class RatioStatistics(NamedTuple):
+    """Summary of one layer's candidate ratios."""
+
+    histogram: Tensor  # [20] int64, largest ratio of each sub-vector in equal bins over 0..1
+    entropy: float  # mean entropy in nats, 0..log n
+    winners_not_nearest: float  # share of sub-vectors whose largest ratio is not candidate 0
+    frozen: float  # share of sub-vectors whose largest ratio is above the threshold
+
+
+def _chunks(count: int, columns: int) -> Iterator[slice]:
+    size = max(1, _SCORES_PER_CHUNK // max(1, columns))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def scores(x: Tensor, codewords: Tensor) -> Tensor:
+    """x·c − ½‖c‖² of every point and codeword: largest where ‖x − c‖² is smallest. [N, d], [k, d] -> [N, k].
+
+    Summed coordinate by coordinate and not as a matrix product: TF32 products on CUDA would flip near ties.
+    """
+    total = -0.5 * codewords.square().sum(dim=1).expand(len(x), -1)  # [k] -> [N, k]
+    for j in range(codewords.shape[1]):
+        total = torch.addcmul(total, x[:, j, None], codewords[None, :, j])
+    return total
+
+
+def assign(x: Tensor, codewords: Tensor) -> Tensor:
+    """Index of the nearest codeword of every point: [N, d], [k, d] -> int64 [N]."""
+    codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for part in _chunks(len(x), len(codewords)):
+        codes[part] = scores(x[part], codewords).argmax(dim=1)
+    return codes
+
+
+def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
+    """Indices of the n nearest codewords, nearest first (Eq. 5): [N, d], [k, d] -> int64 [N, n]."""
+    found = torch.empty(len(x), n, dtype=torch.int64, device=x.device)
+    for part in _chunks(len(x), len(codewords)):
+        remaining = scores(x[part], codewords)
+        for position in range(n):
+            best = remaining.argmax(dim=1, keepdim=True)  # [chunk, k] -> [chunk, 1]
+            found[part, position] = best[:, 0]
+            remaining.scatter_(1, best, -torch.inf)
+    return found
+
+
+def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
+    """Assign every point and add it up under its codeword, in float64: [N, d], [k, d] -> [k, d], [k], [k]."""
+    k, d = codewords.shape
+    sums = torch.zeros(k, d, dtype=torch.float64, device=x.device)
+    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
+    squares = torch.zeros(k, dtype=torch.float64, device=x.device)
+    for part in _chunks(len(x), k):
+        codes = scores(x[part], codewords).argmax(dim=1)
+        wide = x[part].double()
+        sums.index_add_(0, codes, wide)
+        counts += torch.bincount(codes, minlength=k)
+        squares.index_add_(0, codes, wide.square().sum(dim=1))
+    return ClusterSums(sums, counts, squares)
+
+
+def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
+    """Ratio-weighted mean of the candidates (Eq. 6 and 7), by autograd: [k, d], [N, n], [N, n] -> [N, d]."""
+    members = codewords[candidates.long()]  # [k, d] -> [N, n, d]
+    if logits is None:
+        return members[:, 0]
+    ratios = torch.softmax(logits, dim=1)
+    return (ratios[:, :, None] * members).sum(dim=1)  # [N, n, d] -> [N, d]
+
+
+def ratio_statistics(logits: Tensor, threshold: float) -> RatioStatistics:
+    """Histogram, entropy, winners and frozen share of the ratios softmax(logits [N, n])."""
+    count, n = logits.shape
+    histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=logits.device)
+    entropy = torch.zeros((), dtype=torch.float64, device=logits.device)
+    moved = torch.zeros((), dtype=torch.int64, device=logits.device)
+    frozen = torch.zeros_like(moved)
+    for part in _chunks(count, n):
+        logs = torch.log_softmax(logits[part].float(), dim=1)
+        ratios = logs.exp()
+        largest, winner = ratios.max(dim=1)
+        bins = (largest * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
+        histogram += torch.bincount(bins, minlength=HISTOGRAM_BINS)
+        entropy -= (ratios * logs).sum(dtype=torch.float64)
+        moved += (winner != 0).sum()
+        frozen += (largest > threshold).sum()
+    count = max(count, 1)
+    return RatioStatistics(histogram, entropy.item() / count, moved.item() / count, frozen.item() / count)

@@ -1,0 +1,218 @@
+"""The two forms of a vector-quantized linear layer; a new stage is a new type, there is no mode flag for training.
+
+`CandidateLinear` is soft and being calibrated; `VQLinear` is hard, packed and for inference only.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqlib import kernels
+from vqlib.candidates import Candidates
+from vqlib.packing import CHUNK, bits_for, pack_codes, packed_size, unpack_codes, unpack_range
+from vqlib.subvectors import join
+
+
+class VQLinear(nn.Module):
+    """A linear layer whose weight [out, in] is read as scale · C[A]: N = out·in/d codes into a codebook [k, d].
+
+    codes: uint8 [ceil(N·ceil(log2 k)/8)], bit-packed (`vqlib.packing`); codebook: [k, d]; scale: float32 [], 1 unless
+    the codebook is shared; bias: [out] or None. Several layers may hold the same codebook tensor. By default the dense
+    weight lives only for the length of one call, in a buffer that all layers share; `materialize()` keeps it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        d: int,
+        k: int,
+        device: torch.device | str | None = None,
+        codebook_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Zero weights of the given geometry. Raises ValueError where d does not divide in_features."""
+        super().__init__()
+        if d < 1 or in_features % d:
+            raise ValueError(f"in_features {in_features} is not divisible by d={d}")
+        self.in_features, self.out_features, self.d, self.k = in_features, out_features, d, k
+        self.bits = bits_for(k)
+        self.count = out_features * in_features // d
+        size = packed_size(self.count, self.bits)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("codebook", torch.zeros(k, d, dtype=codebook_dtype, device=device))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("dense", None, persistent=False)
+
+    @classmethod
+    def from_assignments(
+        cls,
+        assignments: Tensor,
+        codewords: Tensor,
+        shape: tuple[int, int],
+        bias: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> VQLinear:
+        """The layer of assignments [N] and codewords [k, d] for a weight of `shape` [out, in].
+
+        The codewords are held, not copied, so layers made from one tensor share it. Raises ValueError on sizes that
+        do not fit together or on an assignment outside 0 … k − 1.
+        """
+        (out_features, in_features), (k, d) = shape, codewords.shape
+        layer = cls(in_features, out_features, False, d, k, device="meta", codebook_dtype=codewords.dtype)
+        if assignments.shape != (layer.count,):
+            raise ValueError(
+                f"a weight [{out_features}, {in_features}] has {layer.count} sub-vectors of d={d}, "
+                f"got assignments of shape {list(assignments.shape)}"
+            )
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"out_features {out_features} needs a bias of that length, got {list(bias.shape)}")
+        if layer.count and not 0 <= int(assignments.min()) <= int(assignments.max()) < k:
+            raise ValueError(
+                f"assignments {int(assignments.min())} … {int(assignments.max())} reach outside k={k} codewords"
+            )
+        layer.codes = pack_codes(assignments.detach(), layer.bits).to(codewords.device)
+        layer.codebook = codewords.detach() if codewords.requires_grad else codewords
+        layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=codewords.device).detach().reshape(())
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes and codebook per weight; a shared codebook is counted in full here."""
+        stored = 8 * self.codes.numel() + 8 * self.codebook.element_size() * self.codebook.numel()
+        return stored / (self.in_features * self.out_features)
+
+    def assignments(self) -> Tensor:
+        """The unpacked codes A, int64 [N]."""
+        return unpack_codes(self.codes, self.bits, self.count)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight scale · C[A], [out, in], in the codebook's dtype unless another is asked for."""
+        if self.dense is not None:
+            return self.dense if dtype is None else self.dense.to(dtype)
+        return self._gather(dtype or self.codebook.dtype, out=None)
+
+    def materialize(self) -> VQLinear:
+        """Speed mode: keep the dense weight until `release()`; 32 bits a weight of memory, nothing to rebuild."""
+        self.dense = self._gather(self.codebook.dtype, out=None)
+        return self
+
+    def release(self) -> VQLinear:
+        """Memory mode: drop the dense weight, rebuild it in every call."""
+        self.dense = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; the weight is rebuilt in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.dense is not None:
+            return F.linear(x, self.dense.to(x.dtype), bias)
+        # Autograd would keep the shared buffer for its backward pass, and a compiler would bake it into the graph.
+        private = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        out = None if private else _scratch(self.count * self.d, x.device, x.dtype)
+        return F.linear(x, self._gather(x.dtype, out), bias)
+
+    def extra_repr(self) -> str:
+        """Geometry and the figure everyone asks for."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"k={self.k}, d={self.d}, bits_per_weight={self.bits_per_weight:.3f}"
+        )
+
+    def _gather(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """scale · C[A] into `out` [N·d], a chunk of codes at a time so that unpacked codes stay small."""
+        table = (self.codebook.float() * self.scale).to(dtype)  # [k, d]; rounded once, before the gather
+        shape = self.out_features, self.in_features
+        if torch.compiler.is_compiling():
+            codes = unpack_range(self.codes, self.bits, 0, self.count)
+            return table.index_select(0, codes).view(shape)  # [N] -> [out, in]
+        with torch.no_grad():
+            flat = torch.empty(self.count * self.d, dtype=dtype, device=table.device) if out is None else out
+            rows = flat.view(self.count, self.d)
+            for start in range(0, self.count, CHUNK):
+                stop = min(start + CHUNK, self.count)
+                codes = unpack_range(self.codes, self.bits, start, stop)
+                torch.index_select(table, 0, codes, out=rows[start:stop])
+            return rows.view(shape)  # [N, d] -> [out, in]
+
+    def _apply(self, fn, recurse: bool = True) -> VQLinear:
+        """As nn.Module, but the scale stays float32 whatever dtype the rest is moved to."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+class CandidateLinear(nn.Module):
+    """A linear layer under calibration: its weight is Σ_n r_n · C[A_c,n] with trainable codebook, logits and bias.
+
+    codebook: Parameter [k, d], possibly shared with other layers; candidates: integers [N, n]; logits: Parameter
+    float32 [N, n], or None where n = 1 leaves nothing to choose; scale: Parameter [] or None where the codebook is the
+    layer's own; bias: Parameter [out] or None.
+    """
+
+    def __init__(
+        self,
+        codebook: nn.Parameter,
+        candidates: Candidates,
+        shape: tuple[int, int],
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.codebook = codebook
+        self.register_buffer("candidates", candidates.indices)
+        self.logits = nn.Parameter(candidates.logits) if candidates.indices.shape[1] > 1 else None
+        self.scale = None if scale is None else nn.Parameter(scale.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def weight(self) -> Tensor:
+        """The soft reconstruction Ŵ, [out, in] (Eq. 7); differentiable in codebook, logits and scale."""
+        subvectors = kernels.soft_reconstruct(self.codebook, self.candidates, self.logits)
+        weight = join(subvectors, (self.out_features, self.in_features))  # [N, d] -> [out, in]
+        return weight if self.scale is None else self.scale * weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def winners(self) -> Tensor:
+        """Position of the candidate with the highest ratio, int64 [N]; 0 is the nearest codeword at the start."""
+        if self.logits is None:
+            return torch.zeros(len(self.candidates), dtype=torch.int64, device=self.candidates.device)
+        return self.logits.detach().argmax(dim=1)
+
+    def harden(self, codewords: Tensor | None = None) -> VQLinear:
+        """The packed layer in which every sub-vector takes its winner; `codewords` lets layers share one codebook."""
+        assignments = self.candidates.gather(1, self.winners().unsqueeze(1)).squeeze(1)
+        codewords = self.codebook.detach().clone() if codewords is None else codewords
+        scale = 1.0 if self.scale is None else self.scale.detach()
+        return VQLinear.from_assignments(
+            assignments.long(), codewords, (self.out_features, self.in_features), self.bias, scale
+        )
+
+    def extra_repr(self) -> str:
+        n, (k, d) = self.candidates.shape[1], self.codebook.shape
+        return f"in_features={self.in_features}, out_features={self.out_features}, k={k}, d={d}, candidates={n}"
+
+
+_buffers = threading.local()
+
+
+def _scratch(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The first `numel` elements of this thread's one buffer for (device, dtype); it grows to the largest layer."""
+    held = _buffers.__dict__.setdefault("held", {})
+    buffer = held.get((device, dtype))
+    if buffer is None or buffer.numel() < numel:
+        held.pop((device, dtype), None)
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
+            buffer = held[device, dtype] = torch.empty(numel, device=device, dtype=dtype)
+    return buffer[:numel]

@@ -1,0 +1,142 @@
+"""The only file that knows DiT: load a pipeline, list its blocks and their linears, swap a layer.
+
+A pipeline is read from the bundled model, from a folder in diffusers' layout, or from a Hugging Face hub id.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from vqlib.diffusion import NoiseSchedule
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+BUNDLED = "dit-mini-fashion"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A class-conditional latent diffusion model: everything sampling and calibration need, in eval mode."""
+
+    name: str
+    transformer: nn.Module
+    vae: AutoencoderKL
+    schedule: NoiseSchedule  # the full training schedule, T steps
+    class_names: tuple[str, ...]
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for 'no class' in classifier-free guidance: the one after the last class."""
+        return len(self.class_names)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def with_transformer(self, transformer: nn.Module) -> Pipeline:
+        """The same pipeline around another transformer, for example a packed one."""
+        return replace(self, transformer=transformer.eval())
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move transformer and VAE (in place, as torch does) to a device."""
+        return replace(self, transformer=self.transformer.to(device), vae=self.vae.to(device))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images float [B, C', H, W], about −1 … 1."""
+        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
+
+def load(name: str | Path = BUNDLED) -> Pipeline:
+    """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, or a hub id such as `facebook/DiT-XL-2-256`.
+
+    Weights are widened to float32. Raises FileNotFoundError naming what was looked for where a folder is incomplete.
+    """
+    bundled = DATA / str(name)
+    folder = bundled if bundled.is_dir() else Path(name)
+    source = str(folder) if folder.is_dir() else str(name)
+    if folder.is_dir():
+        _require_complete(folder)
+    elif str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'")
+    transformer = DiTTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
+    return Pipeline(
+        name=str(name),
+        transformer=transformer.eval().requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
+        schedule=_schedule(source),
+        class_names=_class_names(source, transformer.config.num_embeds_ada_norm),
+    )
+
+
+def block_list(transformer: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks in forward order: the members of its module lists that hold linears."""
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    return [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
+
+
+def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the blocks by its dotted name: attention, MLP and adaLN modulation.
+
+    DiT's timestep and label embedders, which diffusers keeps as a copy in every block (`norm1.emb`), are left out.
+    """
+    names = {module: name for name, module in transformer.named_modules()}
+    found = {}
+    for block in block_list(transformer):
+        prefix = names[block]
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("norm1.emb."):
+                found[f"{prefix}.{name}"] = module
+    return found
+
+
+def swap(transformer: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`, as in `transformer_blocks.3.attn1.to_q`."""
+    parent, _, leaf = name.rpartition(".")
+    owner = transformer.get_submodule(parent)
+    owner.get_submodule(leaf)  # raises AttributeError where there is none
+    owner._modules[leaf] = module
+
+
+def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    """The transformer's output [R, 2C, h, w] (ε and v) for latents [R, C, h, w], model times [R] and class labels [R]."""
+    return transformer(x, timestep=timestep, class_labels=labels, return_dict=False)[0]
+
+
+def _require_complete(folder: Path) -> None:
+    for part in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / part).is_file():
+            raise FileNotFoundError(f"{folder} is not a complete diffusers pipeline: {part} is missing")
+
+
+def _read_json(source: str, part: str) -> dict:
+    path = Path(source) / part
+    if not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(source, part))
+    return json.loads(path.read_text())
+
+
+def _schedule(source: str) -> NoiseSchedule:
+    config = _read_json(source, "scheduler/scheduler_config.json")
+    if config.get("beta_schedule", "linear") != "linear":
+        raise ValueError(f"{source}: beta_schedule {config['beta_schedule']!r} is not supported, only 'linear'")
+    return NoiseSchedule.linear(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+
+
+def _class_names(source: str, count: int) -> tuple[str, ...]:
+    labels = _read_json(source, "model_index.json").get("id2label", {})
+    return tuple(str(labels.get(str(i), i)) for i in range(count))

@@ -1,0 +1,88 @@
+"""Weights -> codebooks -> candidates: a full-precision transformer becomes a student of `CandidateLinear` layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vqlib import models
+from vqlib.candidates import find_candidates
+from vqlib.codebook import fit_codebook
+from vqlib.config import VQConfig
+from vqlib.layers import CandidateLinear, VQLinear
+from vqlib.subvectors import split
+
+
+def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0) -> nn.Module:
+    """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
+
+    The original is left as it is; tensors that are not quantized are copied. Raises ValueError naming the layer whose width
+    `config.d` does not divide, before any work is done.
+    """
+    layers = models.quantizable(transformer)
+    for name, layer in layers.items():
+        split(layer.weight, config.d, name)
+    student = _copy_without(transformer, layers.values())
+    for group in _groups(transformer, layers, config.codebook_scope):
+        for name, replacement in _quantize_group(group, config, seed):
+            models.swap(student, name, replacement)
+    return student.eval()
+
+
+def harden(student: nn.Module) -> nn.Module:
+    """The packed transformer: each candidate with the highest ratio becomes the assignment. Shared codebooks stay shared."""
+    soft = {name: layer for name, layer in student.named_modules() if isinstance(layer, CandidateLinear)}
+    packed = _copy_without(student, soft.values())
+    codebooks: dict[int, Tensor] = {}
+    for name, layer in soft.items():
+        codewords = codebooks.setdefault(id(layer.codebook), layer.codebook.detach().clone())
+        models.swap(packed, name, layer.harden(codewords))
+    return packed.eval().requires_grad_(False)
+
+
+def reconstruction_error(weight: Tensor, layer: VQLinear) -> float:
+    """‖W − Ŵ‖² / ‖W‖², the relative squared error of one layer's weight [out, in]."""
+    return ((weight - layer.weight()).pow(2).sum() / weight.pow(2).sum()).item()
+
+
+def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) -> Iterator[dict[str, nn.Linear]]:
+    """The layers that share a codebook: each alone, each block's, or all."""
+    if scope == "layer":
+        yield from ({name: layer} for name, layer in layers.items())
+    elif scope == "model":
+        yield layers
+    else:
+        for block in models.block_list(transformer):
+            members = set(block.modules())
+            yield {name: layer for name, layer in layers.items() if layer in members}
+
+
+def _quantize_group(group: dict[str, nn.Linear], config: VQConfig, seed: int) -> Iterator[tuple[str, CandidateLinear]]:
+    """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
+    shared = config.codebook_scope != "layer"
+    scales = {name: _scale(layer) if shared else None for name, layer in group.items()}
+    parts = [_normalized(layer, config.d, scales[name]) for name, layer in group.items()]
+    label = next(iter(group)) if len(group) == 1 else f"{next(iter(group))} … ({len(group)} layers)"
+    x = parts[0] if len(parts) == 1 else torch.cat(parts)
+    codebook = fit_codebook(x, config.k, seed=seed, iterations=config.kmeans_iterations, name=label)
+    codewords = nn.Parameter(codebook.codewords)
+    for (name, layer), part in zip(group.items(), parts, strict=True):
+        candidates = find_candidates(part, codebook.codewords, config.candidates, config.ratio_start)
+        yield name, CandidateLinear(codewords, candidates, tuple(layer.weight.shape), layer.bias, scales[name])
+
+
+def _scale(layer: nn.Linear) -> Tensor:
+    return layer.weight.detach().float().pow(2).mean().sqrt()
+
+
+def _normalized(layer: nn.Linear, d: int, scale: Tensor | None) -> Tensor:
+    x = split(layer.weight.detach().float(), d)
+    return x if scale is None else x / scale
+
+
+def _copy_without(module: nn.Module, replaced) -> nn.Module:
+    """A deep copy in which the modules about to be replaced are shared, not copied: no second set of large weights."""
+    return copy.deepcopy(module, {id(layer): layer for layer in replaced})

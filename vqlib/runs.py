@@ -1,0 +1,144 @@
+"""A calibration run on disk: settings, records as they happen, checkpoints, and a lock. Every write is atomic.
+
+    <run>/run.json            settings and where they came from
+    <run>/records.jsonl       one JSON object per step
+    <run>/state.safetensors   the last checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one calibration step saw. Lists run over blocks or, in `layers`, over quantized layers in forward order."""
+
+    iteration: int  # 1 after the first step
+    block_losses: list[float]  # L_d of every block
+    ratio_loss: float  # L_r summed over layers, 0.0 where there is nothing to choose
+    layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
+    seconds: float  # of this step
+    memory: int  # peak bytes so far
+
+    @property
+    def loss(self) -> float:
+        """Σ_l L_d over the blocks."""
+        return sum(self.block_losses)
+
+    def mean(self, key: str) -> float:
+        """A per-layer figure (`frozen`, `moved`, `entropy`) averaged over sub-vectors."""
+        total = sum(layer["count"] for layer in self.layers.values())
+        return sum(layer[key] * layer["count"] for layer in self.layers.values()) / max(total, 1)
+
+
+class RunFolder:
+    """One process's hold on `<run>`. Raises RuntimeError where another process holds it or the settings differ."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.path = Path(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(f"{self.path} is in use by another process; give `out` another folder") from None
+        self._records = None
+        self._check_settings(settings)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self._records:
+            self._records.close()
+            self._records = None
+        self._lock.release()
+
+    def append(self, record: Record) -> None:
+        """Add one line to records.jsonl."""
+        if self._records is None:
+            self._records = open(self.path / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the run
+        self._records.write(json.dumps(asdict(record)) + "\n")
+        self._records.flush()
+
+    def save(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Write the checkpoint of `iteration` in place of the last one."""
+        part = self.path / "state.part"
+        save_file(_unshared(tensors), part, metadata={"iteration": str(iteration)})
+        _replace(part, self.path / "state.safetensors")
+
+    def load(self) -> tuple[dict[str, Tensor], int] | None:
+        """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""
+        path = self.path / "state.safetensors"
+        if not path.exists():
+            self._keep_records(0)
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                iteration = int(file.metadata()["iteration"])
+            tensors = load_file(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(f"{path} is damaged ({error}); remove it to start the run anew") from None
+        self._keep_records(iteration)
+        return tensors, iteration
+
+    def _keep_records(self, iteration: int) -> None:
+        path = self.path / "records.jsonl"
+        if path.exists():
+            kept = [asdict(r) for r in read_records(self.path) if r.iteration <= iteration]
+            _write(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.path / "run.json"
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            _write(path, json.dumps(settings, indent=2) + "\n")
+            return
+        for key, old, new in _differences(json.loads(path.read_text()), settings):
+            self.close()
+            raise RuntimeError(f"{self.path} holds a run with {key}={old}, now {key}={new}; give `out` another folder")
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The records of a run, finished or going on; a last line that is still being written is left out."""
+    records = []
+    for line in (Path(folder) / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(Record(**json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _differences(old: dict, new: dict, prefix: str = ""):
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as contiguous CPU tensors, each with memory of its own, as safetensors demands."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    _replace(part, path)
+
+
+def _replace(part: Path, path: Path) -> None:
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
