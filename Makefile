@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TOUR := data/runs/tour
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab notebooks
+.PHONY: help env demo test lab notebooks bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 
 notebooks: $(STAMP)  ## execute every notebook with small parameters
 	$(BIN)/python -m pytest tests/test_notebooks.py
+
+bench: $(STAMP)  ## assignment pass against faiss-cpu and scikit-learn, where they are installed
+	$(BIN)/python benchmarks/bench_assignment.py --threads 2
 
 # torch comes first and pinned, so that nothing else decides which build of it is installed.
 $(STAMP): pyproject.toml constraints.txt

@@ -197,7 +197,8 @@ def main():
         size = sum(path.stat().st_size for path in (folder / "good").iterdir())
         print(
             f"{arguments.count} damaged checkpoints of {size} bytes: {refused} refused, "
-            f"{arguments.count - refused} loaded bit-equal, 0 wrong; peak memory grew by {grown} KiB; {time.perf_counter() - start:.0f} s"
+            f"{arguments.count - refused} loaded bit-equal, 0 wrong; "
+            f"peak memory grew by {grown} KiB; {time.perf_counter() - start:.0f} s"
         )
         found = kill_while_saving(arguments.kills, arguments.seed, folder)
         print(f"{arguments.kills} kills while saving: {found.count(0)} left one model, {found.count(1)} the other")

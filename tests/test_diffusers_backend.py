@@ -209,7 +209,8 @@ def flux():
     )  # fmt: skip
     inputs = {
         "hidden_states": random(1, 6, 4), "encoder_hidden_states": random(1, 5, 12),
-        "pooled_projections": random(1, 12), "timestep": torch.tensor([0.5]), "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
+        "pooled_projections": random(1, 12), "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
     }  # fmt: skip
     return model, inputs
 

@@ -16,7 +16,6 @@ from vqlib.styles import (
     new_figure,
     save_figure,
     style,
-    write_atomically,
 )
 
 
@@ -93,15 +92,3 @@ def test_one_method_one_color_however_it_is_qualified():
     assert (
         len(set(METHOD_COLORS.values())) == len(METHOD_COLORS) == len({method_marker(name) for name in METHOD_COLORS})
     )
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write_atomically(tmp_path / "t.csv", b"old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -38,7 +38,7 @@ def attach(
     """
     layers = packed_layers(model)
     if not isinstance(model, ModelMixin) or not layers:
-        raise ValueError(f"{type(model).__name__} has {len(layers)} packed layers; save needs a diffusers model with some")
+        raise ValueError(f"{type(model).__name__} has {len(layers)} packed layers; a packed diffusers model is needed")
     first = next(iter(layers.values()))
     scope = scope or _scope(layers)
     config = PackedConfig(VQConfig(k=first.k, d=first.d, codebook_scope=scope, candidates=1), storage, provenance)

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vqlib import kernels
+from vqlib.files import write_tensors
 from vqlib.kernels import ClusterSums
 
 STARTS = ("distinct", "kmeans++", "random")
@@ -240,18 +239,5 @@ def _read_cached(path: Path, x: Tensor, k: int) -> Codebook | None:
 
 def _write_cached(path: Path, codebook: Codebook) -> None:
     codes = codebook.assignments.to(torch.uint8 if len(codebook.codewords) <= 256 else torch.int32)
-    payload = save(
-        {"codewords": codebook.codewords.cpu().contiguous(), "assignments": codes.cpu()},
-        metadata={"history": json.dumps(codebook.history)},
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    history = {"history": json.dumps(codebook.history)}
+    write_tensors(path, {"codewords": codebook.codewords, "assignments": codes}, history)

@@ -129,8 +129,8 @@ def decode(state: Mapping[str, Tensor], header: Header, dtypes: Mapping[str, tor
             full[name] = torch.ones((), dtype=torch.float32)
             continue
         # One conversion for all copies, or 28 embedders that are one on disk would be 28 in memory. And a real copy:
-        # what was read is a view of the mapped file, which may change under us and is not aligned, so that sums in a matrix
-        # product would be taken in another order than they were before saving.
+        # what was read is a view of the mapped file, which may change under us and is not aligned, so that
+        # sums in a matrix product would be taken in another order than they were before saving.
         if (source, dtype) not in cast:
             wanted = dtype if state[source].is_floating_point() else state[source].dtype
             cast[source, dtype] = state[source].to(wanted, copy=True)

@@ -15,11 +15,11 @@ from vqlib.checkpoint import load_transformer, save
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluate import Metrics, evaluate
 from vqlib.extractors import Extractor
+from vqlib.files import write_bytes
 from vqlib.models import Pipeline
 from vqlib.quantize import harden, quantize
 from vqlib.references import load_reference
 from vqlib.sampling import sample
-from vqlib.styles import write_atomically
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -60,7 +60,7 @@ def measure(
     generated = sample(pipe.with_transformer(model), labels, seeds, sampling, progress=progress)
     metrics = evaluate(generated, known, extractor, labels=labels, cache=None)
     content = {"conditions": conditions, "metrics": metrics.to_dict()}
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
     return metrics
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -25,6 +24,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from vqlib import efficientnet
 from vqlib.fashion.classifier import FEATURES, FashionClassifier
 from vqlib.fashion.dataset import to_model
+from vqlib.files import write_tensors
 from vqlib.image_sources import BLOCK, count_images, fit_channels, image_blocks
 from vqlib.models import BUNDLED, DATA
 
@@ -238,7 +238,7 @@ class Extractor:
             return Features(**load_file(path))
         except (FileNotFoundError, SafetensorError, TypeError):  # never written, or damaged: a cache is made again
             found = self(images)
-            write_atomically({name: value for name, value in vars(found).items() if value is not None}, path)
+            write_tensors(path, {name: value for name, value in vars(found).items() if value is not None})
             return found
 
 
@@ -259,16 +259,3 @@ def print_progress(done: int, total: int | None, seconds: float) -> None:
     rate = done / max(seconds, 1e-9)
     left = f" of {total}, {(total - done) / rate:.0f} s left" if total else ""
     print(f"\r{done} images{left}, {rate:.0f}/s ", end="\n" if done == total else "", flush=True)
-
-
-def write_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=metadata)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqlib.extractors import BUNDLED, DATA, KINDS, Extractor, Progress, load_extractor, write_atomically
+from vqlib.extractors import BUNDLED, DATA, KINDS, Extractor, Progress, load_extractor
+from vqlib.files import write_tensors
 from vqlib.frechet import FeatureStatistics
 from vqlib.image_sources import count_images, image_blocks
 
@@ -66,7 +67,7 @@ class Reference:
         about = {"format": 1, "name": self.name, "extractor": self.extractor, "extractor_sha256": self.fingerprint,
                  "count": self.count, "size": self.size, "images_sha256": self.images_sha256}
         stored = {name: value for name, value in tensors.items() if value is not None}
-        write_atomically(stored, Path(path), {ABOUT: json.dumps(about)})
+        write_tensors(path, stored, {ABOUT: json.dumps(about)})
         return Path(path)
 
 

@@ -8,15 +8,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from vqlib.files import write_bytes, write_tensors
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class RunFolder:
 
     def save(self, tensors: dict[str, Tensor], iteration: int) -> None:
         """Write the checkpoint of `iteration` in place of the last one."""
-        part = self.path / "state.part"
-        save_file(_unshared(tensors), part, metadata={"iteration": str(iteration)})
-        _replace(part, self.path / "state.safetensors")
+        write_tensors(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""
@@ -94,13 +93,13 @@ class RunFolder:
         path = self.path / "records.jsonl"
         if path.exists():
             kept = [asdict(r) for r in read_records(self.path) if r.iteration <= iteration]
-            _write(path, "".join(json.dumps(r) + "\n" for r in kept))
+            write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.path / "run.json"
         settings = json.loads(json.dumps(settings))
         if not path.exists():
-            _write(path, json.dumps(settings, indent=2) + "\n")
+            write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
             return
         for key, old, new in _differences(json.loads(path.read_text()), settings):
             self.close()
@@ -125,20 +124,3 @@ def _differences(old: dict, new: dict, prefix: str = ""):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as contiguous CPU tensors, each with memory of its own, as safetensors demands."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    _replace(part, path)
-
-
-def _replace(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,8 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+
+from vqlib.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -172,22 +172,4 @@ def save_figure(figure: Figure, stem: str | Path, data: pd.DataFrame | None = No
             contents[kind] = buffer.getvalue()
     if data is not None:
         contents["csv"] = data.to_csv(index=not isinstance(data.index, pd.RangeIndex)).encode()
-    return {kind: write_atomically(stem.parent / f"{stem.name}.{kind}", content) for kind, content in contents.items()}
-
-
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write a file so that its name only ever shows a complete content; makes the folder where it is missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    return {kind: write_bytes(stem.parent / f"{stem.name}.{kind}", content) for kind, content in contents.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vqlib.styles import write_atomically
+from vqlib.files import write_bytes
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -65,7 +65,7 @@ def save_table(
     stem = Path(stem)
     contents = {"csv": df.to_csv(index=False), "tex": latex(df, caption, label, best, formats, wide)}
     return {
-        kind: write_atomically(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()
+        kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()
     }
 
 

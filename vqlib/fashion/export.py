@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.fashion import dataset, recipes
+from vqlib.files import write_tensors
 
 
 def trained(network: nn.Module, name: str, folder: str | Path) -> nn.Module:
@@ -44,7 +45,7 @@ def export_dit(dit: DiTTransformer2DModel, target: str | Path) -> None:
 def export_classifier(classifier: nn.Module, target: str | Path) -> None:
     """`classifier.safetensors` in half precision; evaluation widens it again."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
-    save_file(state, Path(target) / "classifier.safetensors")
+    write_tensors(Path(target) / "classifier.safetensors", state)
 
 
 def export_indices(target: str | Path) -> None:

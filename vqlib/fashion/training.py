@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vqlib.files import write_tensors
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,12 @@ def finished(folder: str | Path, config: TrainConfig) -> Progress:
 
 
 def _save(model, optimizer, average, config, folder: Path, step: int, minutes: float) -> None:
-    state = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
-    state |= {f"ema.{k}": v.contiguous() for k, v in average.items()}
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in average.items()}
     for i, slot in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{i}.{k}": v for k, v in slot.items()}
     about = json.dumps({"step": step, "minutes": minutes, "config": asdict(config)})
-    part = folder / f"{config.name}.part"
-    save_file({k: v.clone() for k, v in state.items()}, part, metadata={"about": about})
-    part.replace(folder / f"{config.name}.safetensors")
+    write_tensors(folder / f"{config.name}.safetensors", state, {"about": about})
 
 
 def _resume(model, optimizer, average, config: TrainConfig, folder: Path) -> tuple[int, float]:
