@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TOUR := data/runs/tour
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab notebooks bench
+.PHONY: help env demo test lab notebooks tables bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,14 +28,20 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 notebooks: $(STAMP)  ## execute every notebook with small parameters
 	$(BIN)/python -m pytest tests/test_notebooks.py
 
-bench: $(STAMP)  ## assignment pass against faiss-cpu and scikit-learn, where they are installed
+tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 3 hours on two cores)
+	$(BIN)/python -m vqlib.main_table
+
+bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry (assignment wants faiss-cpu and scikit-learn)
 	$(BIN)/python benchmarks/bench_assignment.py --threads 2
+	$(BIN)/python benchmarks/bench_codebooks.py --threads 2
+	$(BIN)/python benchmarks/bench_calibration.py --batch 2 --iterations 20 --resume --estimate --threads 2
+	$(BIN)/python benchmarks/bench_inference.py speed --threads 2
 
 # torch comes first and pinned, so that nothing else decides which build of it is installed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"vqlib needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]} (choose another: make env PYTHON=python3.12)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test,baselines]'
 	$(BIN)/python vqlib/_startup.py
 	@touch $@

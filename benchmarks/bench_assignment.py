@@ -2,44 +2,22 @@
 
     python benchmarks/bench_assignment.py --points 1327104 --length 4 --codewords 256 --threads 2
 
-faiss-cpu and scikit-learn are optional; a row says so where one is missing. Every method takes its turn in every round,
+faiss-cpu and scikit-learn are optional; the row of one that is missing is empty. Every method takes its turn in every round,
 so that other work on the machine disturbs all of them alike; the table gives medians and the ratio to faiss.
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+import pandas as pd
 import torch
+from machine import add_options, device_name, report, versions
 
 from vqlib import kernels
 from vqlib.kernels import reference
-
-
-def processor() -> str:
-    """Name of the processor as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> str:
-    """Python and the libraries compared, with their versions."""
-    found = [f"Python {platform.python_version()}"]
-    for name in ("torch", "numba", "faiss-cpu", "scikit-learn"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
 
 
 def faiss_assign(x: torch.Tensor, codewords: torch.Tensor, threads: int) -> Callable | None:
@@ -69,8 +47,8 @@ def sklearn_iteration(x: torch.Tensor, codewords: torch.Tensor) -> Callable | No
     return run
 
 
-def measure(methods: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every method in every round, after one call that compiles and warms up."""
+def measure(methods: dict[str, Callable], rounds: int, wait: Callable) -> dict[str, list[float]]:
+    """Milliseconds of every method in every round, after one call that compiles and warms up; `wait` ends each."""
     times: dict[str, list[float]] = {name: [] for name in methods}
     for run in methods.values():
         run()
@@ -78,6 +56,7 @@ def measure(methods: dict[str, Callable], rounds: int) -> dict[str, list[float]]
         for name, run in methods.items():
             begin = time.perf_counter()
             run()
+            wait()
             times[name].append(1e3 * (time.perf_counter() - begin))
     return times
 
@@ -98,46 +77,40 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=1_327_104, help="default: one MLP layer of DiT-XL/2")
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--codewords", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(options.points, options.length, generator=generator)
-    codewords = x[torch.randperm(len(x), generator=generator)[: options.codewords]].clone()
+    x = torch.randn(options.points, options.length, generator=generator).to(options.device)
+    codewords = x[torch.randperm(len(x), generator=generator)[: options.codewords].to(x.device)].clone()
+    on_cpu = x.device.type == "cpu"
     part = x[: max(1, len(x) // 16)]
     methods: dict[str, Callable | None] = {
         "vqlib assign": lambda: kernels.assign(x, codewords),
         "vqlib assign + update": lambda: kernels.cluster_sums(x, codewords),
         "vqlib nearest, n = 3": lambda: kernels.nearest(x, codewords, min(3, len(codewords))),
-        "faiss IndexFlatL2": faiss_assign(x, codewords, options.threads),
-        "scikit-learn, 1 Lloyd iteration": sklearn_iteration(x, codewords),
+        "faiss IndexFlatL2": faiss_assign(x, codewords, options.threads) if on_cpu else None,
+        "scikit-learn, 1 Lloyd iteration": sklearn_iteration(x, codewords) if on_cpu else None,
         "plain torch twin, 1/16 of the points": lambda: reference.assign(part, codewords),
     }
-    times = measure({name: run for name, run in methods.items() if run is not None}, options.rounds)
-    base = statistics.median(times["faiss IndexFlatL2"]) if "faiss IndexFlatL2" in times else None
-
-    rows = [("method", "median ms", "best ms", "ratio to faiss")]
+    wait = (lambda: None) if on_cpu else torch.cuda.synchronize
+    times = measure({name: run for name, run in methods.items() if run is not None}, options.rounds, wait)
+    base = statistics.median(times["faiss IndexFlatL2"]) if "faiss IndexFlatL2" in times else float("nan")
+    rows = []
     for name in methods:
-        if name not in times:
-            rows.append((name, "not installed", "", ""))
-            continue
-        middle = statistics.median(times[name])
-        ratio = f"{middle / base:.2f}" if base else ""
-        rows.append((name, f"{middle:.1f}", f"{min(times[name]):.1f}", ratio))
-
-    print(f"{processor()}, {options.threads} threads; {versions()}")
-    print(f"n = {options.points}, d = {options.length}, k = {options.codewords}, {options.rounds} rounds\n")
-    for row in rows:
-        print(f"{row[0]:<38}{row[1]:>14}{row[2]:>10}{row[3]:>16}")
+        row = {"method": name}
+        if name in times:
+            middle = statistics.median(times[name])
+            row |= {"median ms": middle, "best ms": min(times[name]), "ratio to faiss": middle / base}
+        rows.append(row)
+    notes = [f"{device_name(options.device, options.threads)}; {versions('numba', 'faiss-cpu', 'scikit-learn')}.",
+             f"n = {options.points}, d = {options.length}, k = {options.codewords}, {options.rounds} rounds."]  # fmt: skip
     if methods["faiss IndexFlatL2"] is not None:
         count, gap = disagreements(x, codewords, kernels.assign(x, codewords), methods["faiss IndexFlatL2"]())
-        print(f"\ncodes that differ from faiss: {count}, by at most {gap:.1e} of the squared distance")
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([*rows, ("device", processor(), f"{options.threads} threads", versions())])
+        notes.append(f"Codes that differ from faiss: {count}, by at most {gap:.1e} of the squared distance.")
+    report("Assignment pass", pd.DataFrame(rows), notes, options.save)
 
 
 if __name__ == "__main__":

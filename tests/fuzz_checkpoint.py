@@ -137,17 +137,18 @@ def forge(folder, change):
     from safetensors.torch import load_file, save_file
 
     from vqlib import container
+    from vqlib.header import FORMAT, read_header, sha256
 
     tensors = load_file(folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
-    header = container.read_header(folder / WEIGHTS)
-    manifest = {"format": container.FORMAT, "aliases": dict(header.aliases)}
+    header = read_header(folder / WEIGHTS)
+    manifest = {"format": FORMAT, "aliases": dict(header.aliases)}
     change(tensors, manifest, config)
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
     manifest["config"] = container.config_digest(config["_class_name"], settings, config["quantization_config"])
     manifest["tensors"] = {name: container._digest(tensor) for name, tensor in tensors.items()}
     text = json.dumps(manifest)
-    metadata = {"format": "pt", "vqlib": text, "vqlib_sha256": container._sha256(text.encode())}
+    metadata = {"format": "pt", "vqlib": text, "vqlib_sha256": sha256(text.encode())}
     save_file(tensors, folder / WEIGHTS, metadata)
     (folder / CONFIG).write_text(json.dumps(config))
 

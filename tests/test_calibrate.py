@@ -1,11 +1,6 @@
 import copy
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -159,39 +154,6 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path):
     assert [r.iteration for r in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-CHILD = """
-import sys, torch, tiny, test_calibrate as t
-from vqlib.calibrate import calibrate
-torch.set_num_threads(1)
-pipe, student = t.prepared()
-run = calibrate(pipe, student, t.SETTINGS.replace(iterations=40), out=sys.argv[1])
-print("started", flush=True)
-run.finish()
-torch.save(t.trained_tensors(student), sys.argv[2]) if len(sys.argv) > 2 else None
-"""
-
-
-def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
-    def start(folder, *more):
-        environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
-        command = [sys.executable, "-c", CHILD, str(folder), *map(str, more)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-
-    assert start(tmp_path / "whole", tmp_path / "whole.pt").wait() == 0
-    draw = random.Random(0)
-    for _ in range(3):
-        child = start(tmp_path / "killed", tmp_path / "killed.pt")
-        assert child.stdout.readline() == "started\n"
-        time.sleep(draw.uniform(0.0, 0.8))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert start(tmp_path / "killed", tmp_path / "killed.pt").wait() == 0
-    whole, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    a, b = (read_records(tmp_path / name) for name in ("whole", "killed"))
-    assert [r.block_losses for r in a] == [r.block_losses for r in b]
-
-
 def test_a_folder_of_other_settings_is_refused_with_the_first_difference(tmp_path):
     pipe, student = prepared()
     calibrate(pipe, student, SETTINGS, out=tmp_path).close()
@@ -223,3 +185,34 @@ def test_a_model_without_candidates_is_refused():
     pipe = tiny.pipeline()
     with pytest.raises(ValueError, match="make one with vqlib.quantize"):
         calibrate(pipe, tiny.transformer(), SETTINGS)
+
+
+def test_freezing_by_schedule_follows_the_timetable_and_ends_hard():
+    pipe, student = prepared()
+    settings = SETTINGS.replace(iterations=10, freeze_rule="schedule", freeze_from=0.2, freeze_until=0.8, ratio_loss_when="never")
+    run = calibrate(pipe, student, settings)
+    shares = [record.mean("frozen") for record in run]
+    assert shares[:2] == [0.0, 0.0] and shares[7:] == [1.0, 1.0, 1.0]
+    assert shares[2:7] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6], abs=0.01)
+    for layer in run.layers.values():
+        assert set(layer.logits.softmax(dim=1).unique().tolist()) == {0.0, 1.0}
+
+
+def test_freezing_by_schedule_takes_the_most_decided_first():
+    pipe, student = prepared()
+    settings = SETTINGS.replace(iterations=4, freeze_rule="schedule", freeze_from=0.0, freeze_until=1.0, ratio_loss_when="never")
+    run = calibrate(pipe, student, settings)
+    layer = next(iter(run.layers.values()))
+    decided = torch.arange(len(layer.logits)) % 4 == 1
+    layer.logits.data[decided, 2] = 5.0
+    next(run)
+    assert torch.equal(layer.logits.softmax(dim=1).amax(dim=1) == 1.0, decided)
+
+
+def test_a_folder_holds_the_run_of_one_model_only(tmp_path):
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    pipe, student = prepared()
+    next(iter(pipe.transformer.parameters())).data[0] += 1e-3
+    with pytest.raises(RuntimeError, match="student.teacher_sha256="):
+        calibrate(pipe, student, SETTINGS, out=tmp_path)

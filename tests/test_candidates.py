@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vqlib.candidates import find_candidates, freeze
+from vqlib.candidates import find_candidates
 
 
 def test_candidates_are_the_nearest_codewords_in_order():
@@ -22,13 +22,3 @@ def test_distance_start_makes_ratios_inversely_proportional_to_distance():
     found = find_candidates(torch.tensor([[0.0]]), torch.tensor([[1.0], [3.0]]), 2, "distance")
     assert found.ratios[0].tolist() == pytest.approx([0.75, 0.25], abs=1e-4)
     assert found.logits[0, 0].item() == pytest.approx(math.log(3), abs=1e-4)
-
-
-def test_freezing_makes_rows_above_the_threshold_exactly_one_hot():
-    logits = torch.tensor([[6.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    before = logits[1].clone()
-    freeze(logits, 0.99)
-    assert logits.softmax(1)[0].tolist() == [1.0, 0.0, 0.0]
-    assert torch.equal(logits[1], before)
-    freeze(logits, 0.99)
-    assert logits.softmax(1)[0].tolist() == [1.0, 0.0, 0.0]

@@ -59,6 +59,19 @@ def test_early_stop_stays_within_half_a_percent_of_a_hundred_full_iterations():
     assert len(whole.history) < 80
 
 
+def test_large_layers_are_fitted_to_a_sample_first(monkeypatch):
+    x, seen = _points(20000, 4), []
+    monkeypatch.setattr(module, "_LARGE", 20000)
+    monkeypatch.setattr(module, "_SAMPLE", 64)
+    lloyd = module._lloyd
+    monkeypatch.setattr(module, "_lloyd", lambda x, *a: seen.append(len(x)) or lloyd(x, *a))
+    fitted = fit_codebook(x, 64)
+    assert seen == [64 * 64, 20000]
+    fit_codebook(x[1:], 64)
+    assert seen[2:] == [19999]
+    assert torch.equal(fitted.codewords, fit_codebook(x, 64, subsample=64).codewords)
+
+
 def test_result_is_a_fixed_point_of_plain_lloyd():
     x = _points(2000, 2)
     fitted = fit_codebook(x, 16, tolerance=0.0, iterations=500)

@@ -57,6 +57,28 @@ def test_both_doors_write_the_same_file_and_read_the_same_model(tmp_path):
         assert same(loaded, model) and torch.equal(forward(loaded), forward(model))
 
 
+@pytest.mark.parametrize("scope", ["layer", "block", "model"])
+def test_a_model_fresh_from_harden_saves_and_loads_through_diffusers_alone(tmp_path, scope):
+    packed = vqlib.harden(vqlib.quantize(tiny_dit(), SMALL.replace(candidates=2, codebook_scope=scope)))
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModel.from_pretrained(str(tmp_path / "packed"))
+    assert same(loaded, packed) and torch.equal(forward(loaded), forward(packed))
+    assert loaded.config.quantization_config.config.codebook_scope == scope
+
+
+def test_no_path_of_this_machine_is_written(plain, tmp_path):
+    model = DiTTransformer2DModel.from_pretrained(plain, quantization_config=SMALL)
+    model.save_pretrained(tmp_path / "a")
+    DiTTransformer2DModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    save(load_transformer(tmp_path / "b"), tmp_path / "c")
+    copy.deepcopy(load_transformer(tmp_path / "c")).save_pretrained(tmp_path / "d")
+    load_transformer(tmp_path / "d").dequantize().save_pretrained(tmp_path / "e")
+    for name in "abcde":
+        text = (tmp_path / name / CONFIG).read_text()
+        assert str(tmp_path) not in text and "_name_or_path" not in text, name
+    assert content(tmp_path / "a") == content(tmp_path / "d")
+
+
 def test_quantize_on_load_is_kmeans_of_every_block_linear(plain):
     model = DiTTransformer2DModel.from_pretrained(plain, quantization_config=SMALL)
     layers = packed_layers(model)

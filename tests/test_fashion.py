@@ -61,6 +61,35 @@ def test_the_dit_loss_sees_every_part_of_the_output():
     assert gradient[..., :4].abs().min() > 0 and gradient[..., 4:].abs().min() > 0
 
 
+def test_a_capped_snr_takes_weight_from_the_least_noisy_timesteps_only():
+    """min(SNR, γ) / SNR: at γ = 5 the weight is 1 from ᾱ = 5/6 on, and ᾱ falls with the timestep."""
+    latents, labels = torch.randn(1, 4, 8, 8), torch.tensor([3])
+    plain, capped = recipes.dit_loss(latents, labels), recipes.dit_loss(latents, labels, snr_cap=5.0)
+    dit = recipes.build_dit().eval()  # predicts 0: L_simple is the noise's mean square for every timestep
+    lighter = 0
+    for seed in range(16):
+        index, values = torch.zeros(1, dtype=torch.int64), []
+        for loss in (plain, capped):
+            values.append(loss(dit, index, torch.Generator().manual_seed(seed)).item())
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(1, generator=generator)
+        step = torch.randint(recipes.TIMESTEPS, (1,), generator=generator).item()
+        assert (values[1] < values[0]) == (step < 130), step  # ᾱ_130 = 0.83
+        lighter += values[1] < values[0]
+    assert lighter > 0
+
+
+def test_training_the_decoder_leaves_the_latents_as_they_are(tmp_path):
+    images = torch.randint(0, 256, (32, 1, 32, 32), dtype=torch.uint8)
+    vae = recipes.build_vae().eval()
+    mean, std = export.posterior(vae, images)
+    decoder, config = recipes.decoder_of(vae), training.TrainConfig("decoder", steps=3, batch=8, lr=1e-2, warmup=1)
+    before = vae.decode(mean[:2]).sample
+    list(training.train(decoder, recipes.decoder_loss(images, mean, std), 32, config, tmp_path))
+    assert torch.equal(export.encode(vae, images), mean)
+    assert not torch.equal(vae.decode(mean[:2]).sample, before)
+
+
 def test_the_exported_transformer_is_the_trained_one_in_half_precision(tmp_path):
     from diffusers import DiTTransformer2DModel
 

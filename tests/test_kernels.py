@@ -194,21 +194,52 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
 
 def test_ratio_statistics_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 30.0], [0.0, -30.0]])
-    result = kernels.ratio_statistics(logits)
+    result = kernels.settle_ratios(logits)
     assert result.histogram[10] == 1 and result.histogram[-1] == 2 and result.histogram.sum() == 4
     entropy = (math.log(2.0) - 0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 4
     assert result.entropy == pytest.approx(entropy, abs=1e-6)
     assert result.winners_not_nearest == 0.25 and result.frozen == 0.5
+    assert result.absolute == pytest.approx((2.0 + 1.0) / 4) and result.quadratic == pytest.approx((0.5 + 0.375) / 4)
+    assert result.winners.tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_ratio_statistics_agree_with_the_twin(n):
+@pytest.mark.parametrize("freeze", [False, True])
+def test_settled_ratios_agree_with_the_twin(n, freeze):
     logits = 2 * torch.randn(20001, n, generator=torch.Generator().manual_seed(n))
-    got, wanted = kernels.ratio_statistics(logits, 0.9), reference.ratio_statistics(logits, 0.9)
+    logits[5] = torch.tensor([kernels.FROZEN_LOGIT] * (n - 1) + [0.0])
+    mine, twins, before = logits.clone(), logits.clone(), logits.clone()
+    got, wanted = kernels.settle_ratios(mine, 0.9, freeze), reference.settle_ratios(twins, 0.9, freeze)
     assert (got.histogram - wanted.histogram).abs().sum() <= 8  # a ratio on the border of two bins may round either way
     assert got.entropy == pytest.approx(wanted.entropy, abs=1e-5)
-    assert got.winners_not_nearest == wanted.winners_not_nearest
+    assert got.winners_not_nearest == wanted.winners_not_nearest and torch.equal(got.winners, wanted.winners)
     assert got.frozen == pytest.approx(wanted.frozen, abs=1e-3)
+    assert (got.absolute, got.quadratic) == pytest.approx((wanted.absolute, wanted.quadratic), rel=1e-5)
+    assert torch.equal(mine, before) is not freeze
+    assert (mine != twins).any(dim=1).sum() <= 4  # a ratio on the threshold
+
+
+def test_freezing_makes_rows_one_hot_and_leaves_the_others():
+    logits = torch.tensor([[5.0, 0.0, 0.0], [0.2, 0.0, 0.1]])
+    assert kernels.settle_ratios(logits, 0.9, freeze=True).frozen == 0.5
+    assert logits.softmax(dim=1)[0].tolist() == [1.0, 0.0, 0.0] and logits[1].tolist() == pytest.approx([0.2, 0.0, 0.1])
+    assert kernels.settle_ratios(logits, 1.0, freeze=True).frozen == 0.5  # frozen once, frozen for good
+
+
+@pytest.mark.parametrize("kind", ["absolute", "quadratic"])
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_ratio_loss_and_its_gradient_agree_with_the_twin(kind, n):
+    logits = 2 * torch.randn(20001, n, generator=torch.Generator().manual_seed(n))
+    logits[::7] = torch.tensor([kernels.FROZEN_LOGIT] * (n - 1) + [0.0])
+    found = []
+    for function in (kernels.ratio_loss, reference.ratio_loss):
+        z = logits.clone().requires_grad_()
+        value = function(kind, z)
+        (3.0 * value).backward()
+        found.append((value.item(), z.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-9)
+    assert found[0][1][::7].abs().max() == 0
 
 
 def test_everything_works_without_numba(without_numba):
@@ -217,7 +248,7 @@ def test_everything_works_without_numba(without_numba):
     book, candidates, logits, grad = _soft_data(300, 4, 16, 3)
     mixed = kernels.soft_reconstruct(book, candidates, logits)
     assert torch.autograd.grad(mixed, logits, grad)[0].shape == (300, 3)
-    assert kernels.ratio_statistics(logits).histogram.sum() == 300
+    assert kernels.settle_ratios(logits).histogram.sum() == 300
 
 
 def test_the_twins_bound_their_memory_by_chunks(monkeypatch):

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from vqlib.candidates import FROZEN_LOGIT
-from vqlib.kernels import soft_reconstruct
+from vqlib.kernels import FROZEN_LOGIT, soft_reconstruct
 from vqlib.losses import absolute_ratio_loss, block_loss, quadratic_ratio_loss
 
 

@@ -2,12 +2,15 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+import zlib
 
 import matplotlib as mpl
 import matplotlib.image
 import pandas as pd
 import pytest
+import torch
 
+from vqlib.grids import difference_map
 from vqlib.styles import (
     METHOD_COLORS,
     VENUES,
@@ -57,6 +60,26 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
     with style("ICML"):
         first, second = save_figure(plot(), tmp_path / "a"), save_figure(plot(), tmp_path / "b")
     assert all(first[kind].read_bytes() == second[kind].read_bytes() for kind in first)
+
+
+def printed_sizes(pdf):
+    """Sizes in points of all text in a PDF, as the page's own drawing commands name them."""
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
+    pages = [zlib.decompress(stream) for stream in streams if stream[:1] == b"x"]
+    return [float(size) for page in pages for size in re.findall(rb"/F\S+ ([\d.]+) Tf", page)]
+
+
+@pytest.mark.parametrize("venue", VENUES)
+def test_printed_text_is_6_points_or_larger(tmp_path, venue):
+    seeds = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=seeds) for _ in range(2)]
+    with style(venue) as chosen:
+        names = [f"ankle boot {i}" for i in range(8)]
+        grid = difference_map(*rows, ("full precision", "VQ4DiT, n = 3, 2 bits"), names, title="claim")
+        files = [save_figure(figure, tmp_path / name)["pdf"] for name, figure in (("plot", plot()), ("grid", grid))]
+    for file in files:
+        sizes = printed_sizes(file)
+        assert sizes and 6 <= min(sizes) and max(sizes) <= chosen.font_size
 
 
 @pytest.mark.parametrize("venue", VENUES)

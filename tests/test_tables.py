@@ -59,3 +59,11 @@ def test_save_table_writes_both_and_keeps_full_precision_in_csv(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(paths["csv"]), TABLE)
     assert "1.2" in paths["tex"].read_text() and "1.16" not in paths["tex"].read_text()
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["main.v2.csv", "main.v2.tex"]  # no leftovers
+
+
+def test_each_group_has_its_own_best_and_a_rule_before_it():
+    within = pd.Series([None, "2 bits", "2 bits"])
+    text = markdown(TABLE, best={"FD": "min"}, formats={"FD": ".2f"}, within=within)
+    assert "**1.79**" in text and text.count("**") == 2  # full precision is smaller, and not compared
+    lines = latex(TABLE, best={"FD": "min"}, within=within).splitlines()
+    assert lines.count(r"\midrule") == 2 and lines[lines.index(r"\midrule", 8) + 1].startswith("k-means")

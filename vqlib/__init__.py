@@ -8,23 +8,28 @@ from vqlib.calibrate import Calibration, calibrate
 from vqlib.checkpoint import CheckpointError, load_transformer, save, size_report
 from vqlib.codebook import Codebook, fit_codebook
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe
+from vqlib.estimate import Estimate, estimate
 from vqlib.evaluate import Metrics, evaluate
 from vqlib.frechet import frechet_distance
+from vqlib.inference import cached_modulation, set_mode
 from vqlib.kernels import assign, nearest
 from vqlib.layers import CandidateLinear, VQLinear
 from vqlib.models import Pipeline, load
 from vqlib.packing import pack_codes, unpack_codes
+from vqlib.presets import PRESETS, preset
 from vqlib.quantize import harden, quantize, reconstruction_error
 from vqlib.runs import Record, read_records
 from vqlib.sampling import sample
 
 __all__ = [
+    "PRESETS",
     "RECIPES",
     "Calibration",
     "CalibrationConfig",
     "CandidateLinear",
     "CheckpointError",
     "Codebook",
+    "Estimate",
     "Metrics",
     "Pipeline",
     "Record",
@@ -32,7 +37,9 @@ __all__ = [
     "VQConfig",
     "VQLinear",
     "assign",
+    "cached_modulation",
     "calibrate",
+    "estimate",
     "evaluate",
     "fit_codebook",
     "frechet_distance",
@@ -41,12 +48,14 @@ __all__ = [
     "load_transformer",
     "nearest",
     "pack_codes",
+    "preset",
     "quantize",
     "read_records",
     "recipe",
     "reconstruction_error",
     "sample",
     "save",
+    "set_mode",
     "size_report",
     "unpack_codes",
 ]

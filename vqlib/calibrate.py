@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vqlib import kernels, models
-from vqlib.candidates import freeze
 from vqlib.config import CalibrationConfig
+from vqlib.fingerprint import fingerprint
 from vqlib.layers import CandidateLinear
-from vqlib.losses import RATIO_LOSSES, block_loss, total_ratio_loss
+from vqlib.losses import RATIO_LOSSES, block_loss
 from vqlib.memory import keep_freed_memory, peak_memory
 from vqlib.optimizers import BlockOptimizers, with_prefix
 from vqlib.quantize import harden
@@ -81,8 +81,13 @@ class Calibration(Iterator[Record]):
                 self.folder.append(record)
                 every = self.config.checkpoint_every
                 if self.remaining == 0 or (every and self.iteration % every == 0):
-                    self.folder.save(self._state(), self.iteration)
+                    self.checkpoint()
         return record
+
+    def checkpoint(self) -> None:
+        """Keep the step made last in the run folder, if there is one, whatever `checkpoint_every` says."""
+        if self.folder:
+            self.folder.save(self._state(), self.iteration)
 
     def finish(self) -> nn.Module:
         """Make the remaining steps, give the folder back, and return the packed transformer."""
@@ -176,7 +181,8 @@ class Calibration(Iterator[Record]):
             return False
         if self.config.ratio_loss_when == "always":
             return True
-        value = total_ratio_loss(self.config.ratio_loss, logits)
+        with torch.no_grad():
+            value = sum(RATIO_LOSSES[self.config.ratio_loss](z).item() for z in logits)
         rising = value > self.ratio_minimum
         self.ratio_minimum = min(self.ratio_minimum, value)
         return rising
@@ -184,16 +190,27 @@ class Calibration(Iterator[Record]):
     def _settle(self, name: str, layer: CandidateLinear) -> dict:
         """Freeze what has passed the threshold; the layer's figures for the record."""
         figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
+        winners = torch.zeros(len(layer.candidates), 1, dtype=torch.int64, device=layer.candidates.device)
         if layer.logits is not None:
-            ratios = kernels.ratio_statistics(layer.logits.data, self.config.freeze_above)
+            ratios = kernels.settle_ratios(layer.logits.data, self._threshold(layer.logits.data), freeze=True)
             figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_nearest, "entropy": ratios.entropy}
-            figures |= {"histogram": ratios.histogram.tolist()}
-            figures |= {"ratio_loss": total_ratio_loss(self.config.ratio_loss, [layer.logits])}
-            freeze(layer.logits.data, self.config.freeze_above)
+            figures |= {"histogram": ratios.histogram.tolist(), "ratio_loss": getattr(ratios, self.config.ratio_loss)}
             self.settled[name] = ratios.frozen > SETTLED
-        assignments = layer.candidates.gather(1, layer.winners().unsqueeze(1)).squeeze(1)
+            winners = ratios.winners.long().unsqueeze(1)
+        assignments = layer.candidates.gather(1, winners).squeeze(1)  # [N, n] -> [N]
         used = torch.bincount(assignments.int(), minlength=len(layer.codebook)).count_nonzero()
         return figures | {"unused": len(layer.codebook) - int(used)}
+
+    def _threshold(self, logits: Tensor) -> float:
+        """The largest ratio above which sub-vectors of a layer are frozen in this step."""
+        if self.config.freeze_rule == "threshold":
+            return self.config.freeze_above
+        start, stop = self.config.freeze_from, self.config.freeze_until
+        share = (self.iteration / self.config.iterations - start) / (stop - start)
+        if not 0.0 < share < 1.0:
+            return 1.0 if share <= 0.0 else 0.0
+        largest = logits.softmax(dim=1).amax(dim=1)
+        return largest.kthvalue(max(1, round(len(largest) * (1.0 - share)))).values.item()
 
     def _teacher_output(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
@@ -218,6 +235,7 @@ class Calibration(Iterator[Record]):
         geometry = {"model": pipe.name, "layers": len(self.layers), "first_layer": name}
         geometry |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         geometry |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
+        geometry |= {"sha256": fingerprint(self.student), "teacher_sha256": fingerprint(self.teacher)}
         return {"calibration": self.config.to_dict(), "student": geometry}
 
     def _state(self) -> dict[str, Tensor]:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from vqlib import kernels
 
-FROZEN_LOGIT = -1e4  # exp(−1e4) is exactly 0 in float32: the ratios of a frozen sub-vector are exactly one-hot
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -48,12 +46,3 @@ def find_candidates(x: Tensor, codewords: Tensor, n: int, start: str = "equal") 
 def index_dtype(k: int) -> torch.dtype:
     """The smallest integer type of torch that indexes k codewords and supports every operation needed here."""
     return torch.uint8 if k <= 256 else torch.int16 if k <= 32768 else torch.int32
-
-
-def freeze(logits: Tensor, threshold: float) -> None:
-    """Make one-hot, in place, every row of logits [N, n] whose largest ratio passes `threshold`; already frozen rows stay."""
-    ratios = logits.softmax(dim=1)
-    largest, winner = ratios.max(dim=1)
-    rows = (largest > threshold).nonzero().squeeze(1)
-    logits[rows] = FROZEN_LOGIT
-    logits[rows, winner[rows]] = 0.0

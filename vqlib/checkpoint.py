@@ -18,9 +18,9 @@ from torch import nn
 
 from vqlib import container
 from vqlib.config import VQConfig
-from vqlib.container import CheckpointError
 from vqlib.diffusers_backend import Method, PackedConfig, VQQuantizer, packed_layers
 from vqlib.folders import recover_folder, write_folder
+from vqlib.header import FORMAT, WEIGHTS, CheckpointError, parse_json, read_header, require_plausible
 from vqlib.layers import VQLinear
 
 __all__ = ["CheckpointError", "attach", "load_transformer", "save", "size_report"]
@@ -65,7 +65,7 @@ def save(
         scope = known.quantization_config.config.codebook_scope
         provenance = known.quantization_config.provenance if provenance is None else provenance
     attach(model, provenance, storage, scope)
-    with write_folder(Path(folder), may_replace={CONFIG, container.WEIGHTS}) as partial:
+    with write_folder(Path(folder), may_replace={CONFIG, WEIGHTS}) as partial:
         model.save_pretrained(partial, max_shard_size="1000TB")
     return Path(folder)
 
@@ -80,11 +80,11 @@ def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> 
     recover_folder(folder)
     file = folder / CONFIG
     model_class, config = _read_config(file)
-    header = container.read_header(folder / container.WEIGHTS)
+    header = read_header(folder / WEIGHTS)
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
     if header.config != container.config_digest(model_class.__name__, settings, config["quantization_config"]):
         raise CheckpointError(file, "", "is not the config that was saved with these weights")
-    container.require_plausible(file, settings, len(header.names()))
+    require_plausible(file, settings, len(header.names()))
     try:
         model = model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except CheckpointError:
@@ -148,12 +148,12 @@ def _read_config(file: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
         raise CheckpointError(file, "", f"cannot be read ({error.strerror})") from None
     if len(raw) > CONFIG_LIMIT:
         raise CheckpointError(file, "", f"is larger than {CONFIG_LIMIT} bytes")
-    config = container.parse_json(raw, file, "config")
+    config = parse_json(raw, file, "config")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != Method.VQ4DIT.value:
         raise CheckpointError(file, "quantization_config", "is not that of a packed checkpoint")
-    if quantization.get("format") != container.FORMAT:
-        reason = f"format {quantization.get('format')!r}; this version reads format {container.FORMAT}"
+    if quantization.get("format") != FORMAT:
+        reason = f"format {quantization.get('format')!r}; this version reads format {FORMAT}"
         raise CheckpointError(file, "quantization_config", reason)
     model_class = getattr(diffusers, str(config.get("_class_name")), None)
     if not isinstance(model_class, type) or not issubclass(model_class, ModelMixin):

@@ -94,7 +94,10 @@ class CalibrationConfig(_Settings):
     lambda_r: float = 1.0
     ratio_loss: str = "absolute"  # Eq. 9, 1 − |2r − 1|; "quadratic": n · r(1 − r)
     ratio_loss_when: str = "always"  # "rising": only in steps where it is above its running minimum; "never"
-    freeze_above: float = 0.99  # a sub-vector whose largest ratio passes this takes that candidate for good
+    freeze_rule: str = "threshold"  # "schedule": the most decided sub-vectors of each layer first, by a timetable
+    freeze_above: float = 0.99  # threshold: a sub-vector whose largest ratio passes this takes that candidate for good
+    freeze_from: float = 0.2  # schedule: share of the run before which nothing is frozen …
+    freeze_until: float = 0.7  # … and after which all is, so that the rest of the run trains codebooks alone
     train_codebooks: str = "always"  # "frozen": once 99 % of the layer is frozen; "never"
     train_biases: bool = True
     optimizer: str = "rmsprop"  # or "adam"
@@ -116,6 +119,9 @@ class CalibrationConfig(_Settings):
         self._one_of("train_codebooks", ("always", "frozen", "never"))
         self._one_of("optimizer", ("rmsprop", "adam"))
         self._one_of("lr_decay", ("constant", "cosine"))
+        self._one_of("freeze_rule", ("threshold", "schedule"))
+        if not 0.0 <= self.freeze_from < self.freeze_until <= 1.0:
+            raise ValueError(f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1")
         if not 0.5 < self.freeze_above <= 1.0:
             raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
         if self.loss_at == "output" and self.block_inputs != "end-to-end":

@@ -12,6 +12,7 @@ from abc import ABC
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from vqlib import container, models
-from vqlib.container import CheckpointError, Header
 from vqlib.codebook import fit_codebook
 from vqlib.config import VQConfig
+from vqlib.header import FORMAT, CheckpointError, Header, parse_json, read_header, require_layer
 from vqlib.layers import VQLinear
 from vqlib.subvectors import split
 
@@ -55,8 +56,8 @@ class PackedConfig(ABC):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedConfig:
         """From config.json. Raises ValueError on another format version."""
-        if values.get("format") != container.FORMAT:
-            raise ValueError(f"format {values.get('format')!r}; this version reads format {container.FORMAT}")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format {values.get('format')!r}; this version reads format {FORMAT}")
         config = VQConfig(k=values["k"], d=values["d"], codebook_scope=values["codebook_scope"], candidates=1)
         return cls(config, values["storage"], values["provenance"])
 
@@ -64,7 +65,7 @@ class PackedConfig(ABC):
         """JSON-safe; the inverse of `from_dict`."""
         return {
             "quant_method": Method.VQ4DIT.value,
-            "format": container.FORMAT,
+            "format": FORMAT,
             "bits": self.config.bits,
             "k": self.config.k,
             "d": self.config.d,
@@ -117,7 +118,7 @@ class VQQuantizer(DiffusersQuantizer):
             if len(checkpoint_files) != 1:
                 reason = f"{len(checkpoint_files)} shards; a packed model is one file"
                 raise CheckpointError(checkpoint_files[0], "", reason)
-            self._header = container.read_header(Path(checkpoint_files[0]))
+            self._header = read_header(Path(checkpoint_files[0]))
             self._keys = self._header.names()
         return self._keys
 
@@ -162,9 +163,10 @@ class VQQuantizer(DiffusersQuantizer):
         return container.encode(state_dict, self.quantization_config.storage, digest)
 
     def remember(self, model: ModelMixin) -> None:
-        """Note the class and settings that `model`'s checkpoint will vouch for."""
+        """Note the class and settings that `model`'s checkpoint will vouch for; keep paths out of its config.json."""
+        model.to_json_string = MethodType(_portable_json, model)
         self.class_name = type(model).__name__
-        self.settings = container.parse_json(model.to_json_string().encode(), "config.json", "model config")
+        self.settings = parse_json(model.to_json_string().encode(), "config.json", "model config")
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         """Dense `nn.Linear` layers, tensors of their own, and a config that no longer speaks of quantization."""
@@ -176,9 +178,10 @@ class VQQuantizer(DiffusersQuantizer):
                 module._parameters[name] = None if value is None else nn.Parameter(value.detach().clone())
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else value.clone()
-        dropped = ("quantization_config", "_pre_quantization_dtype")
+        dropped = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k not in dropped})
-        model.__dict__.pop("quantization_method", None)
+        for name in ("quantization_method", "to_json_string"):
+            model.__dict__.pop(name, None)
         return model
 
     def _swap_packed(self, model: ModelMixin) -> None:
@@ -191,7 +194,7 @@ class VQQuantizer(DiffusersQuantizer):
                 reason = f"{self.class_name} has no linear layer of that name"
                 raise CheckpointError(header.file, f"{name}.codes", reason)
             old = linears[name]
-            k, d, dtype = container.require_layer(header, name, old.in_features, old.out_features)
+            k, d, dtype = require_layer(header, name, old.in_features, old.out_features)
             self._put(model, name, k, d, dtype)
         expected = model.state_dict()
         for name in sorted(expected.keys() ^ set(header.names())):
@@ -259,6 +262,13 @@ def _unfit(layer: nn.Linear, config: VQConfig) -> str:
         return f"in_features {layer.in_features} is not divisible by d={config.d}"
     count = layer.in_features * layer.out_features // config.d
     return f"{count} sub-vectors are fewer than k={config.k}" if count < config.k else ""
+
+
+def _portable_json(model: ModelMixin) -> str:
+    """config.json without the place the model was loaded from, which is a path of this machine."""
+    settings = json.loads(type(model).to_json_string(model))
+    settings.pop("_name_or_path", None)
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
 
 def _tie(model: nn.Module, name: str, source: str) -> None:

@@ -159,10 +159,11 @@ def evaluate(
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp E KL(p(y|x) ‖ p(y)) of logits [N, C]: the mean over N // 5000 consecutive parts, at least one, as ADM."""
+    """exp E KL(p(y|x) ‖ p(y)) of logits [N, C]: the mean over consecutive parts of 5000 and what is left, as ADM."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    return isc_features_to_metric(logits, splits=max(1, len(logits) // SPLIT), shuffle=False)[KEY_METRIC_ISC_MEAN]
+    parts = [isc_features_to_metric(part, splits=1, shuffle=False) for part in logits.split(SPLIT)]
+    return float(sum(part[KEY_METRIC_ISC_MEAN] for part in parts) / len(parts))
 
 
 def precision_recall(features: Tensor, reference_features: Tensor) -> tuple[float, float]:

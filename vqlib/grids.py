@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import matplotlib as mpl
 import numpy as np
@@ -74,7 +75,8 @@ def _grid(
     """Lay out in inches: row labels, column labels, one picture of all images, a color bar from 0 to `bar`."""
     canvas, cell, gap = _canvas(list(rows.values()))
     width, size = mpl.rcParams["figure.figsize"][0], mpl.rcParams["font.size"]
-    small, line = mpl.rcParams["legend.fontsize"], size * 1.35 / 72
+    small = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
+    line = size * 1.35 / 72
     labels = _row_labels(list(rows))
     crowded = max(map(len, labels.values())) * size * 1.25 / 72 > (width - 0.7) / len(next(iter(rows.values())))
     size = small if crowded else size
@@ -97,7 +99,9 @@ def _grid(
     if title:
         figure.text(0.5, 1 - 0.02 / height, title, ha="center", va="top", fontsize=size)
     if bar:
-        _color_bar(figure, (left / width, 0.18 / height, box[2] * 0.45, 0.06 / height), *bar, small)
+        beside = (_inches(bar[1], small) + 0.15) / width  # the bar's label, to its right
+        long = min(box[2] * 0.45, box[2] - beside)
+        _color_bar(figure, (left / width, 0.18 / height, long, 0.06 / height), *bar, small)
     return figure
 
 
@@ -133,10 +137,12 @@ def _canvas(rows: list[np.ndarray]) -> tuple[np.ndarray, int, int]:
 
 def _inches(text: str, size: float) -> float:
     """Printed width of one line of text in the current style's font."""
-    return (
-        TextPath((0, 0), text, size=size, prop=FontProperties(family=mpl.rcParams["font.family"])).get_extents().width
-        / 72
-    )
+    return _width(text, size, tuple(mpl.rcParams["font.family"]))
+
+
+@lru_cache(maxsize=1024)
+def _width(text: str, size: float, fonts: tuple[str, ...]) -> float:
+    return TextPath((0, 0), text, size=size, prop=FontProperties(family=list(fonts))).get_extents().width / 72
 
 
 def _head(columns: Sequence[str], size: float, tilted: bool) -> float:

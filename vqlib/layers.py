@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,10 @@ class VQLinear(nn.Module):
             return self.dense if dtype is None else self.dense.to(dtype)
         return self._gather(dtype or self.codebook.dtype, out=None)
 
-    def materialize(self) -> VQLinear:
-        """Speed mode: keep the dense weight until `release()`; 32 bits a weight of memory, nothing to rebuild."""
-        self.dense = self._gather(self.codebook.dtype, out=None)
+    def materialize(self, dtype: torch.dtype | None = None) -> VQLinear:
+        """Speed mode: keep the dense weight until `release()`, in `dtype` (the bias's unless given)."""
+        fallback = self.codebook.dtype if self.bias is None else self.bias.dtype
+        self.dense = self._gather(dtype or fallback, out=None)
         return self
 
     def release(self) -> VQLinear:
@@ -110,13 +112,15 @@ class VQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]; the weight is rebuilt in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.dense is not None:
-            return F.linear(x, self.dense.to(x.dtype), bias)
+        dense, bias, dtype = self.dense, self.bias, x.dtype
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if dense is not None:
+            return F.linear(x, dense if dense.dtype == dtype else dense.to(dtype), bias)
         # Autograd would keep the shared buffer for its backward pass, and a compiler would bake it into the graph.
         private = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-        out = None if private else _scratch(self.count * self.d, x.device, x.dtype)
-        return F.linear(x, self._gather(x.dtype, out), bias)
+        out = None if private else _scratch(self.count * self.d, x.device, dtype)
+        return F.linear(x, self._gather(dtype, out), bias)
 
     def extra_repr(self) -> str:
         """Geometry and the figure everyone asks for."""
@@ -126,20 +130,29 @@ class VQLinear(nn.Module):
         )
 
     def _gather(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        """scale · C[A] into `out` [N·d], a chunk of codes at a time so that unpacked codes stay small."""
-        table = (self.codebook.float() * self.scale).to(dtype)  # [k, d]; rounded once, before the gather
+        """scale · C[A] into `out` [N·d]: one compiled pass on the CPU, elsewhere a chunk of codes at a time."""
         shape = self.out_features, self.in_features
         if torch.compiler.is_compiling():
+            table = (self.codebook.float() * self.scale).to(dtype)
             codes = unpack_range(self.codes, self.bits, 0, self.count)
             return table.index_select(0, codes).view(shape)  # [N] -> [out, in]
         with torch.no_grad():
+            table = self._table(dtype)
             flat = torch.empty(self.count * self.d, dtype=dtype, device=table.device) if out is None else out
             rows = flat.view(self.count, self.d)
+            if table.device.type == "cpu" and _cpu_packed() is not None:
+                return _cpu_packed().gather(self.codes, self.bits, table, rows).view(shape)
             for start in range(0, self.count, CHUNK):
                 stop = min(start + CHUNK, self.count)
                 codes = unpack_range(self.codes, self.bits, start, stop)
                 torch.index_select(table, 0, codes, out=rows[start:stop])
             return rows.view(shape)  # [N, d] -> [out, in]
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        """scale · C in `dtype`, [k, d]; rounded once, before the gather."""
+        if self.scale.device.type == "cpu" and self.scale.item() == 1.0:  # elsewhere, asking would wait for the device
+            return self.codebook.to(dtype)
+        return (self.codebook.float() * self.scale).to(dtype)
 
     def _apply(self, fn, recurse: bool = True) -> VQLinear:
         """As nn.Module, but the scale stays float32 whatever dtype the rest is moved to."""
@@ -204,7 +217,22 @@ class CandidateLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, k={k}, d={d}, candidates={n}"
 
 
+@lru_cache(maxsize=None)
+def _cpu_packed():
+    """The compiled kernel, or None without numba; imported at first use to keep imports fast."""
+    try:
+        from vqlib.kernels import cpu_packed
+    except ImportError:
+        return None
+    return cpu_packed
+
+
 _buffers = threading.local()
+
+
+def drop_scratch() -> None:
+    """Free this thread's shared buffers; the next layer that needs one makes it anew."""
+    _buffers.__dict__.clear()
 
 
 def _scratch(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """The only file that knows DiT: load a pipeline, list its blocks and their linears, swap a layer.
 
-A pipeline is read from the bundled model, from a folder in diffusers' layout, or from a Hugging Face hub id.
+A pipeline is read from the bundled model, from a folder in diffusers' layout, from a Hugging Face hub id, or from an
+original DiT's `.pt` file.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from vqlib import original
 from vqlib.diffusion import NoiseSchedule
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BUNDLED = "dit-mini-fashion"
+ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"  # the one DiT was trained with; an original .pt file holds none
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,15 @@ class Pipeline:
         return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
 
-def load(name: str | Path = BUNDLED) -> Pipeline:
-    """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, or a hub id such as `facebook/DiT-XL-2-256`.
+def load(name: str | Path = BUNDLED, vae: str | Path = ORIGINAL_VAE) -> Pipeline:
+    """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, a hub id such as `facebook/DiT-XL-2-256`, or
+    the original `DiT-XL-2-256x256.pt`, whose VAE is then the folder or hub id `vae`.
 
-    Weights are widened to float32. Raises FileNotFoundError naming what was looked for where a folder is incomplete.
+    Weights are widened to float32. Raises FileNotFoundError naming what was looked for where a folder is incomplete,
+    ValueError naming the first wrong key of a `.pt` file.
     """
+    if str(name).endswith(".pt"):
+        return _load_original(Path(name), vae)
     bundled = DATA / str(name)
     folder = bundled if bundled.is_dir() else Path(name)
     source = str(folder) if folder.is_dir() else str(name)
@@ -113,6 +120,23 @@ def swap(transformer: nn.Module, name: str, module: nn.Module) -> None:
 def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
     """The transformer's output [R, 2C, h, w] (ε and v) for latents [R, C, h, w], model times [R] and class labels [R]."""
     return transformer(x, timestep=timestep, class_labels=labels, return_dict=False)[0]
+
+
+def _load_original(path: Path, vae: str | Path) -> Pipeline:
+    """A pipeline around an original transformer: DiT's own schedule, classes by number."""
+    transformer = original.read_transformer(path)
+    subfolder = "vae" if (Path(vae) / "vae" / "config.json").is_file() else None
+    try:
+        decoder = AutoencoderKL.from_pretrained(str(vae), subfolder=subfolder, torch_dtype=torch.float32)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{path} holds no VAE, and the VAE {str(vae)!r} is neither a folder here nor could it be fetched ({reason}); "
+            "give vae= a folder with an AutoencoderKL or a whole pipeline"
+        ) from None
+    names = tuple(str(i) for i in range(transformer.config.num_embeds_ada_norm))
+    decoder = decoder.eval().requires_grad_(False)
+    return Pipeline(str(path), transformer, decoder, NoiseSchedule.linear(), names)
 
 
 def _require_complete(folder: Path) -> None:

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vqlib import models
 from vqlib.candidates import find_candidates
+from vqlib.checkpoint import attach
 from vqlib.codebook import fit_codebook
 from vqlib.config import VQConfig
 from vqlib.layers import CandidateLinear, VQLinear
@@ -33,14 +35,18 @@ def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0) -> nn.Modu
 
 
 def harden(student: nn.Module) -> nn.Module:
-    """The packed transformer: each candidate with the highest ratio becomes the assignment. Shared codebooks stay shared."""
+    """The packed transformer: the candidates with the highest ratio become assignments. Shared codebooks stay shared.
+
+    A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is.
+    """
     soft = {name: layer for name, layer in student.named_modules() if isinstance(layer, CandidateLinear)}
     packed = _copy_without(student, soft.values())
     codebooks: dict[int, Tensor] = {}
     for name, layer in soft.items():
         codewords = codebooks.setdefault(id(layer.codebook), layer.codebook.detach().clone())
         models.swap(packed, name, layer.harden(codewords))
-    return packed.eval().requires_grad_(False)
+    packed = packed.eval().requires_grad_(False)
+    return attach(packed) if soft and isinstance(packed, ModelMixin) else packed
 
 
 def reconstruction_error(weight: Tensor, layer: VQLinear) -> float:

@@ -48,7 +48,7 @@ class RunFolder:
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / ".lock", thread_local=False)  # whichever thread closes it
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

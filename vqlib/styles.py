@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vqlib.files import write_bytes
@@ -150,11 +151,16 @@ def _settings(venue: Venue, width: float) -> dict[str, Any]:
 
 
 def new_figure(height: float, constrained: bool = True) -> Figure:
-    """An empty figure of the current style's width and `height` inches; it remembers the style for `save_figure`."""
+    """An empty figure of the current style's width and `height` inches; it remembers the style for `save_figure`.
+
+    pyplot forgets it at once: a notebook shows it where it is displayed and not a second time at the end of the cell.
+    """
     import matplotlib.pyplot as plt
 
     layout = "constrained" if constrained else "none"
     figure = plt.figure(figsize=(mpl.rcParams["figure.figsize"][0], height), layout=layout)
+    plt.close(figure)
+    FigureCanvasAgg(figure)  # closing took its canvas away
     if constrained:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
     figure.vqlib_fontset = mpl.rcParams["mathtext.fontset"]  # read when drawn, and that may be after the `with`

@@ -19,6 +19,7 @@ from vqlib.references import Reference, make_reference
 from vqlib.sampling import to_uint8
 
 REFERENCE = "reference-fashion-mnist-test.safetensors"
+BOOTSTRAP = 200  # resamples behind the interval of every FD
 
 
 @torch.inference_mode()
@@ -51,7 +52,7 @@ def row(name: str, metrics: Metrics) -> dict:
 def real_row(name: str, images: Tensor, labels: Tensor, target: str | Path) -> dict:
     """The line of a set of uint8 images that no model generated."""
     extractor = load_extractor("fashion", weights=Path(target) / "classifier.safetensors")
-    return row(name, evaluate(images, Path(target) / REFERENCE, extractor, labels=labels, cache=None))
+    return row(name, evaluate(images, Path(target) / REFERENCE, extractor, labels, bootstrap=BOOTSTRAP, cache=None))
 
 
 def write(
@@ -66,7 +67,7 @@ def write(
     """`MODEL_CARD.md` in `target`: what it is, how it was trained, how good it is, and under which licence."""
     trained = pd.DataFrame(
         {
-            "network": name,
+            "training": name,
             "parameters": parameters,
             "steps": runs[name].step,
             "batch": configs[name].batch,
@@ -88,13 +89,13 @@ The DiT has 6 blocks of width 192 on 16 tokens; images are 1×32×32 (28×28 pad
 
 {tables.markdown(trained, formats={"learning rate": ".0e", "EMA": ".4f", "minutes": ".1f"})}
 
-`notebooks/90_train_bundled_model.ipynb` trains all three from nothing.{notes}
+`notebooks/90_train_bundled_model.ipynb` trains them from nothing, in this order; what each of them minimizes is in `vqlib/fashion/recipes.py`.{notes}
 
 ## Figures
 
 Classifier: {test_accuracy:.2%} of the real test images. {sampling}
-FD, IS, precision and recall are in the classifier's 128 features (float64 statistics), so they are not FID and compare only
-with each other. The first row is the floor: real images of the other split.
+FD (with its 95 % bootstrap interval), IS, precision and recall are in the classifier's 128 features (float64 statistics), so
+they are not FID and compare only with each other. The first row is the floor: real images of the other split.
 
 {tables.markdown(table)}
 
@@ -108,5 +109,7 @@ Fashion-MNIST, Zalando Research, MIT licence (`DATA_LICENSE`). The weights are u
 
 
 def _parameters() -> dict[str, int]:
-    built = {"classifier": recipes.build_classifier(), "vae": recipes.build_vae(), "dit": recipes.build_dit()}
-    return {name: sum(p.numel() for p in network.parameters()) for name, network in built.items()}
+    vae, dit = recipes.build_vae(), recipes.build_dit()
+    trained = {"classifier": recipes.build_classifier(), "vae": vae, "decoder": recipes.decoder_of(vae)}
+    trained |= {"dit": dit, "dit-continued": dit}
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in trained.items()}

@@ -21,11 +21,16 @@ def trained(network: nn.Module, name: str, folder: str | Path) -> nn.Module:
     return network.eval()
 
 
-@torch.inference_mode()
-def encode(vae: AutoencoderKL, images: Tensor, batch: int = 500) -> Tensor:
-    """Posterior means of uint8 images [N, 1, 32, 32] as latents float32 [N, 4, 8, 8], not yet scaled."""
-    parts = [vae.encode(dataset.to_model(part)).latent_dist.mean for part in images.split(batch)]
-    return torch.cat(parts).contiguous()
+@torch.no_grad()  # not inference mode: trainings start from these tensors
+def posterior(vae: AutoencoderKL, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of uint8 images [N, 1, 32, 32] as latents float32 [N, 4, 8, 8], not yet scaled."""
+    parts = [vae.encode(dataset.to_model(part)).latent_dist for part in images.split(batch)]
+    return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+
+
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The posterior's means alone."""
+    return posterior(vae, images)[0]
 
 
 def export_vae(vae: AutoencoderKL, scaling_factor: float, target: str | Path) -> None:

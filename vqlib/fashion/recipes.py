@@ -1,4 +1,4 @@
-"""The three trainings of the bundled model: what each network is, its loss, and its settings."""
+"""The trainings of the bundled model: what each network is, its loss, and its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from vqlib.fashion.training import TrainConfig
 
 CLASSIFIER = TrainConfig("classifier", steps=3000, batch=128, lr=2e-3, weight_decay=5e-2, checkpoint_every=500)
 VAE = TrainConfig("vae", steps=2400, batch=32, lr=2e-3, warmup=200, ema=0.995, checkpoint_every=400)
+DECODER = TrainConfig("decoder", steps=4000, batch=32, lr=1e-3, warmup=100, ema=0.995, checkpoint_every=500)
 DIT = TrainConfig("dit", steps=5600, batch=128, lr=1e-3, weight_decay=1e-2, ema=0.9995, checkpoint_every=500)
+DIT_CONTINUED = TrainConfig(
+    "dit-continued", steps=4500, batch=128, lr=5e-4, warmup=200, weight_decay=1e-2, ema=0.9995, checkpoint_every=500
+)
+ALL = {config.name: config for config in (CLASSIFIER, VAE, DECODER, DIT, DIT_CONTINUED)}
+SNR_CAP = 5.0  # of the continued training
 TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 2e-2
 LABEL_DROPOUT = 0.1
 KL_WEIGHT = 1e-4  # on the mean over latent dimensions
@@ -111,13 +117,32 @@ def vae_loss(images: Tensor):
     return loss
 
 
-def dit_loss(latents: Tensor, labels: Tensor):
+def decoder_of(vae: AutoencoderKL) -> nn.Module:
+    """What turns latents into images, as one module that shares the VAE's tensors."""
+    return nn.Sequential(vae.post_quant_conv, vae.decoder)
+
+
+def decoder_loss(images: Tensor, mean: Tensor, std: Tensor):
+    """L1 + MSE reconstruction from the fixed encoder's posterior, mean and std [N, 4, 8, 8]: the latents stay as they are."""
+
+    def loss(decoder: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        batch = to_model(images[index])
+        decoded = decoder(mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator))
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
+
+    return loss
+
+
+def dit_loss(latents: Tensor, labels: Tensor, snr_cap: float | None = None):
     """L_simple + L_vlb with a stopped mean (Nichol & Dhariwal 2021), and 10 % label dropout for CFG.
 
-    latents: float32 [N, 4, 8, 8] of unit variance; labels: int64 [N], 0 … 9.
+    latents: float32 [N, 4, 8, 8] of unit variance; labels: int64 [N], 0 … 9. With `snr_cap` γ, L_simple is weighted by
+    min(SNR, γ) / SNR (Hang et al. 2023), which leaves more of the capacity to the noisier timesteps.
     """
     schedule = NoiseSchedule.linear(TIMESTEPS, BETA_START, BETA_END)
     posterior = schedule.posterior()
+    snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+    weight = (torch.ones_like(snr) if snr_cap is None else snr.clamp_max(snr_cap) / snr).float()
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         x0, label = latents[index], labels[index].clone()
@@ -129,6 +154,6 @@ def dit_loss(latents: Tensor, labels: Tensor):
         epsilon, variance = output.chunk(2, dim=1)
         frozen = torch.cat([epsilon.detach(), variance], dim=1)
         bound = posterior.variational_bound(frozen, x0, x_t, step).mean()
-        return F.mse_loss(epsilon, noise) + bound
+        return (weight[step].view(-1, 1, 1, 1) * (epsilon - noise).square()).mean() + bound
 
     return loss

@@ -1,7 +1,7 @@
 """The loops over sub-vectors that decide the running time, one fused implementation per device.
 
-float32 on the CPU runs the numba kernels, everything else the plain torch twins in `reference`. The
-kernels' results do not depend on the number of threads.
+float32 on the CPU runs the numba kernels, everything else the plain torch twins in `reference`. The kernels' results do
+not depend on the number of threads.
 """
 
 from functools import lru_cache
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from vqlib.kernels import reference
-from vqlib.kernels.reference import ClusterSums, RatioStatistics
+from vqlib.kernels.reference import FROZEN_LOGIT, ClusterSums, RatioStatistics
 
 __all__ = [
+    "FROZEN_LOGIT",
     "ClusterSums",
     "RatioStatistics",
     "assign",
     "cluster_sums",
     "nearest",
-    "ratio_statistics",
+    "ratio_loss",
+    "settle_ratios",
     "soft_reconstruct",
 ]
 
@@ -27,10 +29,10 @@ __all__ = [
 def _compiled():
     """The modules of numba kernels, or None without numba; imported at first use to keep imports fast."""
     try:
-        from vqlib.kernels import cpu, cpu_soft
+        from vqlib.kernels import cpu, cpu_ratios, cpu_soft
     except ImportError:
         return None
-    return cpu, cpu_soft
+    return cpu, cpu_soft, cpu_ratios
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
@@ -113,10 +115,37 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     return reference.soft_reconstruct(codewords, candidates, logits)
 
 
-def ratio_statistics(logits: Tensor, threshold: float = 0.99) -> RatioStatistics:
-    """Histogram, entropy, winners and frozen share of the ratios softmax(logits [N, n]) in one pass, for records."""
-    logits = logits.detach()
+class _RatioLoss(torch.autograd.Function):
+    """Value and gradient in one pass; the gradient waits for the backward pass to be scaled."""
+
+    @staticmethod
+    def forward(ctx, logits, kind):
+        value, grad = _compiled()[2].loss(_array(logits), kind == "absolute")
+        ctx.save_for_backward(torch.from_numpy(grad))
+        return torch.tensor(value, dtype=torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None
+
+
+def ratio_loss(kind: str, logits: Tensor) -> Tensor:
+    """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"): [N, n] -> scalar."""
     if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
-        histogram, totals = _compiled()[1].statistics(_array(logits), threshold)
-        return RatioStatistics(torch.from_numpy(histogram), *(totals / max(len(logits), 1)).tolist())
-    return reference.ratio_statistics(logits, threshold)
+        return _RatioLoss.apply(logits, kind)
+    return reference.ratio_loss(kind, logits)
+
+
+@torch.no_grad()
+def settle_ratios(logits: Tensor, threshold: float = 0.99, freeze: bool = False) -> RatioStatistics:
+    """Statistics of the ratios softmax(logits [N, n]) in one pass; with `freeze`, rows above the threshold become one-hot.
+
+    Freezing changes `logits` in place, and the statistics are those before it.
+    """
+    logits = logits.detach()
+    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES and logits.is_contiguous():
+        histogram, sums, winners = _compiled()[2].settle(logits.numpy(), threshold, freeze)
+        means = (sums / max(len(logits), 1)).tolist()
+        return RatioStatistics(torch.from_numpy(histogram), *means, torch.from_numpy(winners))
+    return reference.settle_ratios(logits, threshold, freeze)

@@ -13,12 +13,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from vqlib.kernels.reference import HISTOGRAM_BINS
 from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
 
 MAX_LENGTH = 16
 MAX_CANDIDATES = 16
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -40,7 +39,7 @@ def _power_of_two(typingctx, shifted):
     return types.float32(types.float32), codegen
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _exp(x):
     """exp(x) for float32 x <= 0 within 2 ulp: range reduction and a polynomial, so that it runs in vector lanes."""
     x = _LOWEST if x < _LOWEST else x
@@ -57,8 +56,8 @@ def _exp(x):
     return value * _power_of_two(shifted)
 
 
-@njit(**_OPTIONS)
-def _softmax(slots, logits, start, stop, ratios, totals):
+@njit(**OPTIONS)
+def softmax_block(slots, logits, start, stop, ratios, totals):
     """Ratios of one block (Eq. 6), [n, 256] flat, and the sums of exponentials they were divided by, [256]."""
     for b in range(stop - start):
         for t in range(len(slots)):
@@ -78,7 +77,7 @@ def _softmax(slots, logits, start, stop, ratios, totals):
             ratios[t * BLOCK + b] /= total
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _first_outside(slots, candidates, start, stop, k):
     """First row of the block with a candidate outside 0..k-1, or -1."""
     for i in range(start, stop):
@@ -89,13 +88,13 @@ def _first_outside(slots, candidates, start, stop, k):
     return -1
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _forward_range(unit, slots, codewords, candidates, logits, start, stop, out):
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     totals = np.empty(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
         high = min(low + BLOCK, stop)
-        _softmax(slots, logits, low, high, ratios, totals)
+        softmax_block(slots, logits, low, high, ratios, totals)
         for b in range(high - low):
             for j in range(len(unit)):
                 value = np.float32(0.0)
@@ -104,14 +103,14 @@ def _forward_range(unit, slots, codewords, candidates, logits, start, stop, out)
                 out[low + b, j] = value
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _backward_range(unit, slots, codewords, candidates, logits, grad, start, stop, grad_codewords, grad_logits):
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     products = np.zeros(len(slots) * BLOCK, dtype=np.float32)  # gradient of each ratio, then of each logit
     totals = np.empty(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
         high = min(low + BLOCK, stop)
-        _softmax(slots, logits, low, high, ratios, totals)
+        softmax_block(slots, logits, low, high, ratios, totals)
         for b in range(high - low):
             for t in range(len(slots)):
                 code = candidates[low + b, t]
@@ -135,46 +134,18 @@ def _backward_range(unit, slots, codewords, candidates, logits, grad, start, sto
                 grad_logits[low + b, t] = products[t * BLOCK + b]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _gather_range(unit, codewords, candidates, start, stop, out):
     for i in range(start, stop):
         for j in range(len(unit)):
             out[i, j] = codewords[candidates[i, 0], j]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _scatter_range(unit, candidates, grad, start, stop, grad_codewords):
     for i in range(start, stop):
         for j in range(len(unit)):
             grad_codewords[candidates[i, 0], j] += grad[i, j]
-
-
-@njit(**_OPTIONS)
-def _statistics_range(slots, logits, threshold, start, stop, histogram, sums):
-    ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
-    totals = np.empty(BLOCK, dtype=np.float32)
-    for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        _softmax(slots, logits, low, high, ratios, totals)
-        product = 1.0
-        for b in range(high - low):
-            largest, winner, mean = ratios[b], 0, np.float32(0.0)
-            for t in range(len(slots)):
-                ratio = ratios[t * BLOCK + b]
-                mean += ratio * logits[low + b, t]
-                if ratio > largest:
-                    largest, winner = ratio, t
-            # entropy = log Σ exp(z - top) - Σ r (z - top); the sums lie in 1..16, so 64 of them fit into one logarithm
-            sums[0] += logits[low + b, winner] - mean
-            product *= totals[b]
-            if b % 64 == 63:
-                sums[0] += np.log(product)
-                product = 1.0
-            place = np.int64(largest * np.float32(HISTOGRAM_BINS)) if largest == largest else 0
-            histogram[min(place, HISTOGRAM_BINS - 1)] += 1
-            sums[1] += winner != 0
-            sums[2] += largest > threshold
-        sums[0] += np.log(product)
 
 
 def _check_candidates(slots: tuple, candidates: np.ndarray, k: int) -> None:
@@ -227,19 +198,3 @@ def backward(
 
     run_chunks(count, size, work)
     return partial.sum(axis=0, dtype=np.float64).astype(np.float32), grad_logits
-
-
-def statistics(logits: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram int64 [20] of the largest ratios, and sums float64 [3]: entropy, winners other than 0, frozen."""
-    count, n = logits.shape
-    slots, limit = (0,) * n, np.float32(threshold)
-    size = chunk_size(count)
-    chunks = -(-count // size)
-    histogram = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64)
-    sums = np.zeros((chunks, 3))
-
-    def work(i: int, low: int, high: int) -> None:
-        _statistics_range(slots, logits, limit, low, high, histogram[i], sums[i])
-
-    run_chunks(count, size, work)
-    return histogram.sum(axis=0), sums.sum(axis=0)

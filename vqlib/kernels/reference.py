@@ -12,6 +12,7 @@ from torch import Tensor
 
 _SCORES_PER_CHUNK = 1 << 24  # elements of the [chunk, k] score matrix: 64 MiB in float32
 HISTOGRAM_BINS = 20
+FROZEN_LOGIT = -1e4  # exp(−1e4) is exactly 0 in float32: the ratios of a frozen sub-vector are exactly one-hot
 
 
 class ClusterSums(NamedTuple):
@@ -23,12 +24,15 @@ class ClusterSums(NamedTuple):
 
 
 class RatioStatistics(NamedTuple):
-    """Summary of one layer's candidate ratios."""
+    """Summary of one layer's candidate ratios before those above the threshold were frozen."""
 
     histogram: Tensor  # [20] int64, largest ratio of each sub-vector in equal bins over 0..1
     entropy: float  # mean entropy in nats, 0..log n
     winners_not_nearest: float  # share of sub-vectors whose largest ratio is not candidate 0
-    frozen: float  # share of sub-vectors whose largest ratio is above the threshold
+    frozen: float  # share of sub-vectors whose largest ratio is above the threshold, or 1
+    absolute: float  # mean of Σ_n (1 − |2r − 1|), Eq. 9
+    quadratic: float  # mean of Σ_n r(1 − r)
+    winners: Tensor  # [N] uint8, position of the largest ratio
 
 
 def _chunks(count: int, columns: int) -> Iterator[slice]:
@@ -68,13 +72,13 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
 
 
 def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
-    """Assign every point and add it up under its codeword, in float64: [N, d], [k, d] -> [k, d], [k], [k]."""
+    """Assign every point and add it up under its codeword: [N, d], [k, d] -> [k, d], [k], [k]."""
     k, d = codewords.shape
     sums = torch.zeros(k, d, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     squares = torch.zeros(k, dtype=torch.float64, device=x.device)
     for part in _chunks(len(x), k):
-        codes = scores(x[part], codewords).argmax(dim=1)
+        codes = assign(x[part], codewords)
         wide = x[part].double()
         sums.index_add_(0, codes, wide)
         counts += torch.bincount(codes, minlength=k)
@@ -91,21 +95,33 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     return (ratios[:, :, None] * members).sum(dim=1)  # [N, n, d] -> [N, d]
 
 
-def ratio_statistics(logits: Tensor, threshold: float) -> RatioStatistics:
-    """Histogram, entropy, winners and frozen share of the ratios softmax(logits [N, n])."""
+def ratio_loss(kind: str, logits: Tensor) -> Tensor:
+    """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"), by autograd; logits [N, n]."""
+    ratios = logits.softmax(dim=1)
+    if kind == "absolute":
+        return (1.0 - (2.0 * ratios - 1.0).abs()).sum() / len(logits)
+    open_rows = logits.detach().amin(dim=1) > FROZEN_LOGIT
+    return ((ratios * (1.0 - ratios)).sum(dim=1) * open_rows).sum() / open_rows.sum().clamp_min(1)
+
+
+def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatistics:
+    """Statistics of the ratios softmax(logits [N, n]); with `freeze`, rows above the threshold become one-hot in place."""
     count, n = logits.shape
     histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=logits.device)
-    entropy = torch.zeros((), dtype=torch.float64, device=logits.device)
-    moved = torch.zeros((), dtype=torch.int64, device=logits.device)
-    frozen = torch.zeros_like(moved)
+    sums = torch.zeros(5, dtype=torch.float64, device=logits.device)
+    winners = torch.empty(count, dtype=torch.uint8, device=logits.device)
     for part in _chunks(count, n):
         logs = torch.log_softmax(logits[part].float(), dim=1)
         ratios = logs.exp()
         largest, winner = ratios.max(dim=1)
         bins = (largest * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
         histogram += torch.bincount(bins, minlength=HISTOGRAM_BINS)
-        entropy -= (ratios * logs).sum(dtype=torch.float64)
-        moved += (winner != 0).sum()
-        frozen += (largest > threshold).sum()
-    count = max(count, 1)
-    return RatioStatistics(histogram, entropy.item() / count, moved.item() / count, frozen.item() / count)
+        absolute, quadratic = (1.0 - (2.0 * ratios - 1.0).abs()).sum(dim=1), (ratios * (1.0 - ratios)).sum(dim=1)
+        above = (largest > threshold) | (largest >= 1.0)
+        rows = (-(ratios * logs).sum(dim=1), winner != 0, above, absolute, quadratic)
+        sums += torch.stack([row.double().sum() for row in rows])
+        winners[part] = winner.to(torch.uint8)
+        if freeze:
+            frozen = torch.full_like(logs, FROZEN_LOGIT).scatter_(1, winner[:, None], 0.0)
+            logits[part] = torch.where(above[:, None], frozen.to(logits.dtype), logits[part])
+    return RatioStatistics(histogram, *(sums / max(count, 1)).tolist(), winners)

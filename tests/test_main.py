@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+
+from vqlib import __main__ as shell
+from vqlib.config import RECIPES
+from vqlib.runs import read_records
+
+SMALL = ["--set", "vq.k=8", "--set", "vq.d=4", "--set", "vq.kmeans_iterations=2", "--set", "calibration.iterations=2"]
+SMALL += ["--set", "calibration.batch_size=1", "--set", "calibration.steps=2", "--set", "sampling.steps=2"]
+JOB = ["--preset", "dit-mini-fashion-w2", *SMALL, "--set", "images=3"]
+
+
+def run(command, folder, *more):
+    shell.main([command, *JOB, "--out", str(folder), *more])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a calibrated small job."""
+    out = tmp_path_factory.mktemp("jobs") / "job"
+    run("calibrate", out)
+    return out
+
+
+def test_calibrate_leaves_records_and_a_packed_model_that_is_found_again(folder, monkeypatch, capsys):
+    assert len(read_records(folder / "calibration")) == 2
+    config = json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]
+    assert config["k"] == 8 and config["provenance"]["calibration"]["iterations"] == 2
+    monkeypatch.setattr("vqlib.experiments.quantize", lambda *_: pytest.fail("quantized again"))
+    run("calibrate", folder)
+    assert f"packed: {folder / 'packed'}" in capsys.readouterr().out
+
+
+def test_quantize_is_k_means_alone(tmp_path):
+    run("quantize", tmp_path)
+    config = json.loads((tmp_path / "k-means" / "packed" / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["calibration"] is None and not (tmp_path / "calibration").exists()
+
+
+def test_sample_writes_images_as_adm_reads_them(folder):
+    run("sample", folder)
+    images = np.load(folder / "samples.npz")["arr_0"]
+    assert images.shape == (3, 32, 32, 1) and images.dtype == np.uint8 and images.std() > 0
+
+
+def test_estimate_needs_no_weights_and_prints_sizes_and_the_quoted_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shell, "estimate", lambda source, job, device: f"{source.hidden} on {device}")
+    shell.main(["estimate", "--preset", "dit-xl-2-256-w2", "--device", "cpu", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.startswith("1152 on cpu") and "2553.35 -> 162.08 MiB" in out and "FID 12.42 with 10000 images" in out
+
+
+def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(shell, "measure", lambda *a, **o: seen.append(a) or Row())
+    run("evaluate", folder)
+    _, _, images, place, sampling, reference = seen[0]
+    assert (images, place, sampling.steps, reference) == (3, folder / "metrics", 2, "fashion-mnist-test")
+    table = shell.pd.DataFrame({"FD": [1.5]})
+    monkeypatch.setattr(shell, "make_table", lambda config, *a, **o: seen.append(config) or table)
+    run("table", folder)
+    assert seen[1].methods == (("k-means", (0.75,)), ("VQ4DiT", (0.75,))) and seen[1].iterations == 2
+    assert (folder / "table" / "table.tex").exists() and "| 1.5 |" in capsys.readouterr().out
+
+
+class Row:
+    def to_row(self, **conditions):
+        return conditions
+
+
+def test_a_recipe_changes_the_settings_it_is_made_of():
+    options = shell._parser().parse_args(["calibrate", "--preset", "dit-xl-2-256-w3", "--recipe", "release"])
+    job = shell._job(options)
+    assert job.calibration == RECIPES["release"].replace(checkpoint_every=50)
+    assert (job.vq.bits, job.vq.candidates, job.vq.ratio_start) == (3, 2, "distance")
+    assert options.out.name == "dit-xl-2-256-w3"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--set", "iterations=3"], "'iterations' is not vq.…"),
+        (["--set", "iterations"], "write NAME=VALUE"),
+        (["--model", "no-such-model"], "'no-such-model' is neither"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        run("quantize", tmp_path, *more)
+
+
+def test_imagenet_needs_a_reference_of_the_users(tmp_path):
+    with pytest.raises(ValueError, match="dit-xl-2-256-w2 has no reference of its own: give --set reference="):
+        shell._reference(shell.preset("dit-xl-2-256-w2"))

@@ -1,0 +1,202 @@
+"""Long jobs from a shell, without a browser; the same configs and functions as in a notebook.
+
+    python -m vqlib estimate  --preset dit-xl-2-256-w2                   minutes, memory, disk; needs no weights
+    python -m vqlib quantize  --preset dit-mini-fashion-w2               k-means alone, packed
+    python -m vqlib calibrate --preset dit-mini-fashion-w2               the whole method, packed; resumes a killed run
+    python -m vqlib sample    --preset dit-mini-fashion-w2 --set images=64
+    python -m vqlib evaluate  --preset dit-mini-fashion-w2
+    python -m vqlib table     --preset dit-mini-fashion-w2
+
+Everything goes to --out, by default data/runs/<preset>. Another setting: --set calibration.iterations=20 (repeatable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vqlib import models
+from vqlib.config import RECIPE_VQ, RECIPES, recipe
+from vqlib.estimate import estimate
+from vqlib.experiments import class_labels, measure, packed_model
+from vqlib.files import replacing
+from vqlib.main_table import TableConfig, make_table
+from vqlib.presets import PRESETS, Preset, preset
+from vqlib.runs import read_records
+from vqlib.sampling import sample
+from vqlib.tables import markdown, save_table
+
+REPORT_EVERY = 10.0  # seconds between two looks at a calibration's records
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One command; errors of the caller are printed as one line and end the process with status 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        COMMANDS[options.command](_job(options), options)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"vqlib {options.command}: {error}")
+
+
+def estimate_job(job: Preset, options: argparse.Namespace) -> None:
+    """Print minutes, memory, disk, expected sizes and the quoted figure; loads weights only where --model names them."""
+    source = _load(job, options) if options.model else job.geometry
+    print(estimate(source, job, options.device))
+    print(f"\nblocks by the paper's counting: {job.sizes.full:.2f} -> {job.sizes.total:.2f} MiB", end=" ")
+    print(f"(codes {job.sizes.codes:.2f}, codebooks {job.sizes.codebooks:.2f}, biases {job.sizes.biases:.2f})")
+    if job.quoted:
+        row = job.quoted
+        print(f"quoted: FID {row['fid']} with {row['images']} images ({row['source']}; {row['mark']})")
+
+
+def quantize_job(job: Preset, options: argparse.Namespace) -> None:
+    """k-means only: every sub-vector with its nearest codeword."""
+    packed_model(_load(job, options), job.vq, None, options.out / "k-means", options.seed)
+    print(f"packed: {options.out / 'k-means' / 'packed'}")
+
+
+def calibrate_job(job: Preset, options: argparse.Namespace) -> None:
+    """k-means, candidates, calibration, packing."""
+    _calibrated(_load(job, options), job, options)
+    print(f"packed: {options.out / 'packed'}")
+
+
+def sample_job(job: Preset, options: argparse.Namespace) -> None:
+    """Images of the packed model as uint8 [N, H, W, C] in an .npz, as ADM's evaluator reads them; classes in turn."""
+    pipe = _load(job, options)
+    packed = pipe.with_transformer(_calibrated(pipe, job, options))
+    images = sample(packed, class_labels(pipe, job.images), range(job.images), job.sampling, progress=True)
+    path = options.out / "samples.npz"
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy())  # [N, C, H, W] -> [N, H, W, C]
+    print(f"images: {path}")
+
+
+def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
+    """Metrics of the packed model against the preset's reference."""
+    pipe = _load(job, options)
+    packed, folder = _calibrated(pipe, job, options), options.out / "metrics"
+    metrics = measure(pipe, packed, job.images, folder, job.sampling, _reference(job), progress=True)
+    row = metrics.to_row(preset=job.name, steps=job.sampling.steps, guidance_scale=job.sampling.guidance_scale)
+    print(pd.Series(row).to_string())
+
+
+def table_job(job: Preset, options: argparse.Namespace) -> None:
+    """Full precision, k-means and the calibrated model, as CSV and LaTeX."""
+    config = TableConfig(
+        model=options.model or job.model,
+        reference=_reference(job),
+        images=job.images,
+        steps=job.sampling.steps,
+        guidance_scale=job.sampling.guidance_scale,
+        batch_size=job.sampling.batch_size,
+        iterations=job.calibration.iterations,
+        recipe=options.recipe,
+        seed=options.seed,
+        methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
+        longer=(),
+    )
+    rows = make_table(config, options.out / "table", pipe=_load(job, options))
+    save_table(rows, options.out / "table" / "table")
+    print(markdown(rows), f"table: {options.out / 'table' / 'table'}.csv, .tex", sep="\n")
+
+
+COMMANDS = {
+    "estimate": estimate_job,
+    "quantize": quantize_job,
+    "calibrate": calibrate_job,
+    "sample": sample_job,
+    "evaluate": evaluate_job,
+    "table": table_job,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m vqlib", description=__doc__, formatter_class=raw)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--preset", required=True, choices=PRESETS)
+    parser.add_argument("--model", help="a folder, hub id or .pt file in place of the preset's")
+    parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
+    parser.add_argument("--recipe", default="paper", choices=RECIPES)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
+    parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of codebooks and candidates; images have seeds 0, 1, 2 …")
+    return parser
+
+
+def _job(options: argparse.Namespace) -> Preset:
+    """The preset with the recipe and settings of the command line."""
+    options.out = options.out or models.DATA / "runs" / options.preset
+    settings = dict(_setting(text) for text in options.set)
+    if options.recipe != "paper":
+        vq, start = RECIPE_VQ.get(options.recipe, RECIPE_VQ["paper"]), preset(options.preset).calibration
+        changed = recipe(options.recipe, checkpoint_every=start.checkpoint_every)
+        own = {f"calibration.{name}": value for name, value in changed.to_dict().items()}
+        settings = own | {"vq.candidates": vq.candidates, "vq.ratio_start": vq.ratio_start} | settings
+    return preset(options.preset).with_settings(settings)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE with a JSON value, or text where it is none."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
+    return models.load(options.model or job.model, vae=options.vae).to(options.device)
+
+
+def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
+    """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
+    with _watching(options.out / "calibration", job.calibration.iterations):
+        return packed_model(pipe, job.vq, job.calibration, options.out, options.seed)
+
+
+@contextmanager
+def _watching(folder: Path, iterations: int):
+    """Print the last record of a run now and then, while it goes on in this thread."""
+    done = threading.Event()
+
+    def watch() -> None:
+        shown = 0
+        while not done.wait(REPORT_EVERY):
+            records = read_records(folder) if (folder / "records.jsonl").exists() else []
+            if records and records[-1].iteration != shown:
+                record, shown = records[-1], records[-1].iteration
+                left = (iterations - shown) * record.seconds / 60
+                print(f"step {shown} of {iterations}: loss {record.loss:.4g}, {record.seconds:.2f} s a step, "
+                      f"about {left:.1f} minutes left", flush=True)  # fmt: skip
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _reference(job: Preset) -> str:
+    if job.reference is None:
+        raise ValueError(f"{job.name} has no reference of its own: give --set reference=FILE, for ImageNet ADM's .npz")
+    return job.reference
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Quantizing a matrix a few columns at a time, each column's error passed on to the columns still to come.
+
+The columns F not yet quantized are moved to where they make up best for the error E of the columns P just quantized:
+W_F ← W_F − E (H⁻¹_PP)⁻¹ H⁻¹_PF, with H⁻¹ the inverse over the columns from P on (Frantar et al. 2023, GPTQ, for one
+column; van Baalen et al. 2024, GPTVQ, for several). With U the upper Cholesky factor of H⁻¹ this is E U_PP⁻¹ U_PF, and
+‖E U_PP⁻¹‖² is what P adds to tr((W − Ŵ) H (W − Ŵ)ᵀ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal
+
+
+def quantize_columns(weight: Tensor, hessian: Tensor, width: int, choose: Choose, damping: float = DAMPING) -> Tensor:
+    """Ŵ of `weight` [out, in] under `hessian` [in, in], float32, chosen `width` neighboring columns at a time.
+
+    `choose(columns [out, width], root [width, width], positions [width]) -> [out, width]` gives the quantized columns;
+    what it should make small, row by row, is ‖(columns − quantized) root⁻¹‖². The largest inputs come first.
+    """
+    positions = _by_importance(hessian, width)
+    work = weight.detach().double()[:, positions]  # [out, in], widened to float64
+    factor = _inverse_factor(hessian.double()[positions][:, positions], damping)
+    result = torch.empty_like(work)
+    for start in range(0, work.shape[1], width):
+        part, rest = slice(start, start + width), slice(start + width, None)
+        root = factor[part, part]
+        quantized = choose(work[:, part], root, positions[part])
+        error = torch.linalg.solve_triangular(root, work[:, part] - quantized, upper=True, left=False)  # E U_PP⁻¹
+        work[:, rest] -= error @ factor[part, rest]
+        result[:, positions[part]] = quantized.double()
+    return result.float()
+
+
+def weighted_error(difference: Tensor, hessian: Tensor, damping: float = DAMPING) -> float:
+    """tr(D H Dᵀ) of D = W − Ŵ [out, in] with the damped Hessian: what `quantize_columns` keeps small."""
+    wide = difference.double()
+    return float(((wide @ damped(hessian.double(), damping)) * wide).sum())
+
+
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """H with `damping` times its mean diagonal added to the diagonal; the identity for inputs that are always 0."""
+    mean = float(hessian.diagonal().mean())
+    added = damping * mean if mean > 0 else 1.0
+    return hessian + added * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+
+
+def _by_importance(hessian: Tensor, width: int) -> Tensor:
+    """All column numbers, groups of `width` neighbors with the largest Σ E x² first: [in]."""
+    weight = hessian.diagonal().reshape(-1, width).sum(dim=1)  # [in] -> [in / width]
+    first = weight.argsort(descending=True, stable=True) * width
+    return (first[:, None] + torch.arange(width, device=hessian.device)).flatten()
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper U with Uᵀ U = H⁻¹, so that Uᵀ U restricted to the last columns is the inverse over those alone."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
+    return torch.linalg.cholesky(inverse, upper=True)

@@ -1,0 +1,57 @@
+"""What the layers' inputs look like, without data: second moments along the full-precision model's own trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vqlib import models
+from vqlib.config import CalibrationConfig
+from vqlib.models import Pipeline
+from vqlib.trajectory import Inputs, Trajectory
+
+
+def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = 64) -> dict[str, Tensor]:
+    """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
+
+    The inputs are those of `batches` calibration steps of `config`: the same trajectories, labels and guidance halves.
+    ‖(W − Ŵ) x‖² averaged over them is tr((W − Ŵ) H (W − Ŵ)ᵀ).
+    """
+    if batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1")
+    layers = models.quantizable(pipe.transformer)
+    sums = {name: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for name, m in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+
+    def gather(name: str):
+        def hook(layer, args):
+            x = args[0].detach().float().flatten(0, -2)  # [..., in] -> [rows, in]
+            sums[name].addmm_(x.T, x)
+            counts[name] += len(x)
+
+        return hook
+
+    trajectory = Trajectory(pipe, config or CalibrationConfig())
+    trajectory.stagger(lambda inputs: _forward(pipe.transformer, inputs))
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(_removed(layer.register_forward_pre_hook(gather(name))))
+        for _ in range(batches):
+            trajectory.advance(_forward(pipe.transformer, trajectory.inputs()))
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@torch.no_grad()
+def _forward(transformer: nn.Module, inputs: Inputs) -> Tensor:
+    return models.forward(transformer, inputs.x, inputs.timestep, inputs.labels)
+
+
+@contextmanager
+def _removed(handle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,135 @@
+"""The making of a table's rows: each method's transformer, measured once, locked while it is being made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from vqlib import models
+from vqlib.baselines import Baseline, full_precision, packed
+from vqlib.baselines.error_feedback import error_feedback
+from vqlib.baselines.gptq import gptq
+from vqlib.baselines.hessians import input_hessians
+from vqlib.baselines.round_to_nearest import round_to_nearest
+from vqlib.config import RECIPE_VQ, CalibrationConfig, SamplingConfig, VQConfig, recipe
+from vqlib.experiments import content_key, measure, packed_model, reference_fingerprint
+from vqlib.files import write_bytes
+from vqlib.fingerprint import fingerprint
+from vqlib.models import Pipeline
+from vqlib.paper_table import FULL_PRECISION
+from vqlib.references import load_reference
+from vqlib.table_rows import Row, TableConfig
+
+GROUP_SIZES = {2: 32, 3: 64, 4: 64}  # bits -> weights a scale: uniform methods store at least as many bits as VQ
+
+
+class Bench:
+    """One process's work on a table: the model, and how each method's transformer is made from it.
+
+    A pipeline that is not given is loaded, onto the GPU where there is one. Raises ValueError for an unknown method.
+    """
+
+    def __init__(self, config: TableConfig, folder: str | Path, pipe: Pipeline | None = None) -> None:
+        for name in {row.method for row in config.rows()} - METHODS.keys():
+            raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        self.config, self.folder = config, Path(folder)
+        self.pipe = pipe or models.load(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
+        source = {"transformer": fingerprint(self.pipe.transformer), "vae": fingerprint(self.pipe.vae)}
+        self._shared = source | {"reference": reference_fingerprint(load_reference(config.reference))}
+
+    @cached_property
+    def hessians(self) -> dict[str, Tensor]:
+        """Second moments of the layers' inputs on the calibration trajectory; held on the model's device."""
+        return input_hessians(self.pipe, self.settings, self.config.hessian_batches)
+
+    @cached_property
+    def settings(self) -> CalibrationConfig:
+        """Of every calibrated row."""
+        return recipe(self.config.recipe, iterations=self.config.iterations, seed=self.config.seed)
+
+    def build(self, row: Row) -> Baseline:
+        """The row's transformer, made or loaded."""
+        return METHODS[row.method](self, row.bits)
+
+    def vector_quantized(self, method: str, vq: VQConfig, calibrated: bool, feedback: bool = False) -> Baseline:
+        """A packed model in a folder named by all it depends on."""
+        settings = self.settings if calibrated else None
+
+        def error_feedback_student():
+            return error_feedback(self.pipe, vq, self.hessians, self.config.seed)
+
+        about = {"vq": vq.to_dict(), "settings": settings and settings.to_dict(), "seed": self.config.seed}
+        about |= {"feedback": self.config.hessian_batches if feedback else 0, "source": self._shared["transformer"]}
+        name = re.sub(r"[^a-z0-9]+", "-", f"{method} {vq.bits}bit".lower())
+        folder = self.folder / "models" / f"{name}-{content_key(about)[:8]}"
+        start = error_feedback_student if feedback else None
+        return packed(method, packed_model(self.pipe, vq, settings, folder, self.config.seed, start), about)
+
+    def path(self, row: Row) -> Path:
+        """The file of a finished row."""
+        about = dataclasses.asdict(row) | self._shared
+        own = ("guidance_scale", "bootstrap", "seed", "batch_size")
+        about |= {name: getattr(self.config, name) for name in own}
+        if row.method not in (FULL_PRECISION, "RTN", "k-means"):
+            about |= {"settings": self.settings.to_dict(), "hessian_batches": self.config.hessian_batches}
+        return self.folder / "rows" / f"{content_key(about)}.json"
+
+    def finished(self, row: Row) -> dict | None:
+        """The stored row, None while it is missing."""
+        path = self.path(row)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def make(self, row: Row) -> bool:
+        """Make a row unless it is there or another process has it; whether it was made here."""
+        path = self.path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                if path.exists():
+                    return False
+                write_bytes(path, (json.dumps(self._measured(row), indent=2) + "\n").encode())
+                return True
+        except Timeout:
+            return False
+
+    def _measured(self, row: Row) -> dict:
+        start, config = time.monotonic(), self.config
+        baseline = self.build(row)
+        sampling = SamplingConfig(row.steps, config.guidance_scale, batch_size=config.batch_size)
+        what = self.pipe, baseline.model, row.images, self.folder / "metrics", sampling, config.reference
+        metrics = measure(*what, bootstrap=config.bootstrap)
+        found = {"row": dataclasses.asdict(row), "metrics": metrics.to_dict()}
+        found |= {"minutes": (time.monotonic() - start) / 60}
+        return found | {"bits_per_weight": baseline.bits_per_weight, "size_bytes": baseline.size_bytes}
+
+
+Method = Callable[[Bench, int | None], Baseline]
+METHODS: dict[str, Method] = {
+    FULL_PRECISION: lambda bench, bits: full_precision(bench.pipe.transformer),
+    "RTN": lambda bench, bits: round_to_nearest(bench.pipe, bits, GROUP_SIZES[bits]),
+    "RTN, per channel": lambda bench, bits: round_to_nearest(bench.pipe, bits),
+    "GPTQ": lambda bench, bits: gptq(bench.pipe, bits, bench.hessians, GROUP_SIZES[bits]),
+    "k-means": lambda bench, bits: bench.vector_quantized("k-means", VQConfig(bits=bits, candidates=1), False),
+    "codebook only": lambda bench, bits: bench.vector_quantized("n1", VQConfig(bits=bits, candidates=1), True),
+    "GPTVQ-like": lambda bench, bits: bench.vector_quantized("ef", VQConfig(bits=bits, candidates=1), False, True),
+    "GPTVQ-like, calibrated": lambda bench, bits: bench.vector_quantized(
+        "ef-calibrated", VQConfig(bits=bits, candidates=1), True, True
+    ),
+    "VQ4DiT": lambda bench, bits: bench.vector_quantized(
+        f"vq4dit-{bench.config.recipe}", _recipe_vq(bench.config.recipe, bits), True
+    ),
+}
+
+
+def _recipe_vq(name: str, bits: int) -> VQConfig:
+    """The recipe's candidates and starting ratios at these bits."""
+    return RECIPE_VQ[name].replace(bits=bits, k=None, d=None)

@@ -1,0 +1,12 @@
+"""Views to play with in JupyterLab: a still figure first, then sliders; every one can export what it shows.
+
+`images(pipe, models)`, `codebook(transformer, packed)`, `ratios(run_folder)`, `compare(run_a, run_b)` and the live
+`run(calibration)`. Without ipywidgets each shows its still figure, and `view.set(...)` takes the place of the sliders.
+"""
+
+from vqlib.explore.live import run
+from vqlib.explore.pictures import images
+from vqlib.explore.records import compare, ratios
+from vqlib.explore.weights import codebook
+
+__all__ = ["codebook", "compare", "images", "ratios", "run"]

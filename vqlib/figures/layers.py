@@ -1,0 +1,95 @@
+"""The error of every quantized layer: a map of blocks and kinds, or one dot per block and method."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.styles import method_color, method_marker, new_figure
+
+KINDS = {  # the end of a quantized layer's name -> its short label, in the order of the forward pass
+    "norm1.linear": "adaLN",
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    "attn1.to_out.0": "out",
+    "ff.net.0.proj": "MLP 1",
+    "ff.net.2": "MLP 2",
+}
+
+
+def layer_place(name: str) -> tuple[int, str]:
+    """(block, kind) of a quantized layer's name: 'transformer_blocks.3.attn1.to_q' -> (3, 'q')."""
+    block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    kind = next((label for ending, label in KINDS.items() if name.endswith(ending)), name.rsplit(".", 1)[-1])
+    return block, kind
+
+
+def error_by_layer(errors: pd.DataFrame, title: str | None = None, label: str = "relative error") -> Figure:
+    """Columns layer, error, and method to compare methods. One method: heat map of blocks and kinds; several: dots."""
+    places = [layer_place(name) for name in errors["layer"]]
+    table = errors.assign(block=[block for block, _ in places], kind=[kind for _, kind in places])
+    kinds = [kind for kind in KINDS.values() if kind in set(table["kind"])]
+    kinds += [kind for kind in table["kind"].unique() if kind not in kinds]
+    draw = _error_dots if "method" in table and table["method"].nunique() > 1 else _error_map
+    return draw(table, kinds, label, title)
+
+
+def _error_map(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
+    grid = table.pivot(index="kind", columns="block", values="error").loc[kinds]
+    width = mpl.rcParams["figure.figsize"][0]
+    figure = new_figure(0.45 * width + 0.2)
+    axis = figure.subplots()
+    mesh = axis.pcolormesh(
+        np.arange(grid.shape[1] + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5, grid.to_numpy(), cmap="viridis"
+    )
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("block")
+    bar = figure.colorbar(mesh, ax=axis, pad=0.02, aspect=25)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return headed(figure, title)
+
+
+def _error_dots(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
+    """Per kind and method one dot per block, and a bar at their median."""
+    methods = list(table["method"].unique())
+    figure = new_figure(0.58 * mpl.rcParams["figure.figsize"][0] + 0.2)
+    axis = figure.subplots()
+    for i, method in enumerate(methods):
+        color, shift = method_color(method), (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        for x, kind in enumerate(kinds):
+            values = table.loc[(table["method"] == method) & (table["kind"] == kind), "error"]
+            axis.scatter(
+                [x + shift] * len(values),
+                values,
+                s=7,
+                color=color,
+                alpha=0.55,
+                linewidths=0,
+                marker=method_marker(method),
+                label=method if x == 0 else None,
+            )
+            if len(values):
+                axis.hlines(
+                    values.median(),
+                    x + shift - 0.32 / len(methods),
+                    x + shift + 0.32 / len(methods),
+                    color=color,
+                    linewidth=1.4,
+                )
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(kinds)), kinds)
+    axis.grid(False, axis="x")
+    axis.set_ylabel(label)
+    plain_log_ticks(axis.yaxis)
+    return headed(figure, title, *axis.get_legend_handles_labels())

@@ -1,0 +1,107 @@
+"""What is stored: bytes by part, and size against quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.styles import method_color, method_marker, new_figure
+
+SIZE_PARTS = {  # column of a size table -> color; parts of one file, so none of the methods' colors
+    "weights": "#BBBBBB",
+    "codes": "#0B3954",
+    "codebooks": "#3A86B7",
+    "biases": "#8FC1DE",
+    "scales": "#B7D7E8",
+    "unquantized": "#E3E3E3",
+}
+
+
+def size_bars(sizes: pd.DataFrame, title: str | None = None) -> Figure:
+    """Bytes by part, a bar a row: column method, and any of the columns of `SIZE_PARTS`, in bytes.
+
+    The first row is the yardstick of "times smaller".
+    """
+    parts = [part for part in SIZE_PARTS if part in sizes and sizes[part].fillna(0).sum() > 0]
+    if not parts:
+        raise ValueError(f"columns {list(sizes.columns)} hold none of {list(SIZE_PARTS)}")
+    values = sizes[parts].fillna(0).to_numpy(dtype=float)
+    totals = values.sum(axis=1)
+    divisor, unit = (2**20, "MiB") if totals.max() >= 2**20 else (2**10, "KiB")
+    figure = new_figure(0.21 * len(sizes) + 0.75)
+    axis = figure.subplots()
+    left = np.zeros(len(sizes))
+    for part, column in zip(parts, values.T / divisor, strict=True):
+        axis.barh(range(len(sizes)), column, left=left, height=0.62, color=SIZE_PARTS[part], label=part)
+        left = left + column
+    for y, total in enumerate(totals):
+        smaller = totals[0] / total
+        factor = f"  ({smaller:.1f}× smaller)" if smaller >= 1 else f"  ({1 / smaller:.2f}× as large)"
+        factor = "" if y == 0 else factor
+        axis.annotate(
+            f"{total / divisor:.4g} {unit}{factor}",
+            (total / divisor, y),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=mpl.rcParams["legend.fontsize"],
+        )
+    axis.set_yticks(range(len(sizes)), sizes["method"])
+    axis.invert_yaxis()
+    axis.grid(False, axis="y")
+    axis.set(xlabel=unit, xlim=(0, totals.max() / divisor * 1.28))
+    return headed(figure, title, *axis.get_legend_handles_labels())
+
+
+def pareto(
+    results: pd.DataFrame,
+    title: str | None = None,
+    size: str = "size_mib",
+    quality: str = "fd",
+    labels: Mapping[str, str] | None = None,
+) -> Figure:
+    """Size against distance: columns method, size, quality; optional bits (printed) and low, high (an interval).
+
+    Points of one method are joined; dashed steps: the best distance to be had at a size; dotted: full precision.
+    """
+    names = {"size_mib": "size (MiB)", "fd": "FD", **(labels or {})}
+    figure = new_figure(0.62 * mpl.rcParams["figure.figsize"][0] + 0.25)
+    axis = figure.subplots()
+    table = results.dropna(subset=[size, quality])
+    for method, points in table.groupby("method", sort=False):
+        _pareto_method(axis, str(method), points.sort_values(size), size, quality)
+    front = table.sort_values(size)
+    axis.step(
+        front[size],
+        front[quality].cummin(),
+        where="post",
+        color="#777777",
+        linewidth=0.7,
+        linestyle=(0, (4, 3)),
+        zorder=1,
+    )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set(xlabel=names.get(size, size), ylabel=names.get(quality, quality))
+    plain_log_ticks(axis.xaxis)
+    plain_log_ticks(axis.yaxis)
+    return headed(figure, title, *axis.get_legend_handles_labels())
+
+
+def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: str) -> None:
+    color, marker = method_color(method), method_marker(method)
+    if {"low", "high"} <= set(points):
+        spread = np.abs(points[["low", "high"]].sub(points[quality], axis=0).to_numpy().T)
+        axis.errorbar(points[size], points[quality], yerr=spread, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
+    if method.lower().startswith("full precision"):
+        axis.axhline(points[quality].iloc[0], color=color, linewidth=0.7, linestyle=":", zorder=1)
+    big = 7 if marker == "*" else None
+    axis.plot(points[size], points[quality], color=color, marker=marker, markersize=big, linewidth=0.9, label=method)
+    if "bits" in points:
+        for x, y, bits in points[[size, quality, "bits"]].itertuples(index=False):
+            axis.annotate(f"{bits:g}", (x, y), xytext=(4, 3), textcoords="offset points", color=color, fontsize=6)
