@@ -236,9 +236,10 @@ def test_a_run_is_paused_resumed_stopped_and_taken_up_again(pipe, tmp_path):
     view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
     assert "running: step" in view.still().caption and "left" in view.shown.caption
     view.pause()
-    time.sleep(0.3)  # the step that is being made
-    held = len(view.records)
-    time.sleep(0.3)
+    held = -1
+    while held != len(view.records):  # the step that is being made
+        held = len(view.records)
+        time.sleep(0.7)
     assert len(view.records) == held and view.state == "paused"
     view.resume()
     end = time.monotonic() + PATIENCE

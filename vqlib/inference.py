@@ -158,8 +158,8 @@ def cached_modulation(transformer: nn.Module, budget_bytes: int = 256 << 20) -> 
     """Within the block, each adaLN output of a DiT is computed once per (timestep, class); for sampling only.
 
     A sampler asks for the same `steps · (classes + 1)` pairs again in every batch. An output needs 7·hidden numbers per
-    pair and block; `budget_bytes` bounds them all. Works for packed and full-precision models, keeps no graph, and
-    changes nothing in the outputs of forwards of four images or more (on the CPU, smaller products round differently).
+    pair and block; `budget_bytes` bounds them all. Works for packed and full-precision models and keeps no graph. Outputs
+    stay the same but for rounding: matrix products of other numbers of rows may be split differently among threads.
     Do not change weights inside. Raises ValueError for a model without such layers or in training mode.
     """
     norms = [m for m in transformer.modules() if isinstance(m, AdaLayerNormZero) and m.emb is not None]

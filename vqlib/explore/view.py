@@ -187,12 +187,13 @@ class View:
     def _render(self, settings: Settings, prepared: Any, task: Task) -> None:
         if task.cancelled:
             return
+        key = self._key(settings)  # before the picture: a run goes on while it is drawn
         try:
             picture = self.picture(settings, prepared).rendered()
         except Exception as error:
             self._fail(error, task)
             return
-        self._seen.put(self._key(settings), picture)
+        self._seen.put(key, picture)
         self._finish(picture, task)
 
     def _finish(self, picture: Picture, task: Task) -> None:
