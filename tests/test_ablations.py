@@ -5,8 +5,8 @@ import pytest
 import tiny
 
 from vqlib import ablations
-from vqlib.ablations import Ablation, Setting, standard_settings, summary
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.ablations import SCOPES, Ablation, Setting, standard_settings, summary
+from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 
 GEOMETRY = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
 SHORT = CalibrationConfig(iterations=1, batch_size=2, steps=2)
@@ -40,27 +40,30 @@ def test_rows_of_other_settings_have_other_files(study, change):
     assert study._path(study._conditions(other, 0)) != study._path(study._conditions(SETTING, 0))
 
 
-def test_the_standard_settings_change_one_thing_at_a_time():
+def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_thing_at_a_time():
     base, vq = CalibrationConfig(iterations=7), VQConfig(candidates=3)
     settings = standard_settings(vq, base)
     assert len({(s.group, s.name) for s in settings}) == len(settings)
+    assert all(s.vq.bits == 2 for s in settings)
     by_group = {}
     for setting in settings:
-        by_group.setdefault(setting.group, []).append(setting)
-    assert [s.name for s in by_group["candidates, a codebook per layer"]] == ["k-means", "n = 1", "n = 2", "n = 3", "n = 4"]
-    assert [s.name for s in by_group["recipe"]] == list(RECIPES)
-    assert all(s.vq.bits == 2 for s in settings)
-    for group in by_group.keys() - {"recipe"}:
-        for setting in by_group[group]:
-            changed = {k for k, v in (setting.calibration or base).to_dict().items() if v != base.to_dict()[k]}
-            changed |= {k for k, v in setting.vq.to_dict().items() if v != vq.to_dict()[k]}
+        by_group.setdefault(setting.group, {})[setting.name] = setting
+    for scope, group in SCOPES.items():
+        found = by_group[group]
+        names = ["k-means", *(f"paper, n = {n}" for n in (1, 2, 3, 4)), "release, n = 2"]
+        assert [name for name in found if "steps" not in name] == [*names, *(f"best, n = {n}" for n in (1, 2, 3, 4))]
+        assert {s.vq.codebook_scope for s in found.values()} == {scope}
+        assert {s.calibration.iterations for n, s in found.items() if s.calibration and "steps" not in n} == {7}
+        released, best = found["release, n = 2"], found["best, n = 2"]
+        assert (released.vq.candidates, released.vq.ratio_start) == (2, "distance")
+        assert best.calibration == RECIPES["best"].replace(iterations=7)
+        assert best.vq == RECIPE_VQ["best"].replace(codebook_scope=scope)
+    best = by_group["a codebook per layer"]["best, n = 2"]
+    for group, found in by_group.items():
+        if group in SCOPES.values():
+            continue
+        start = (best.calibration, best.vq) if group.startswith("best") else (base, vq)
+        for setting in found.values():
+            changed = {k for k, v in setting.calibration.to_dict().items() if v != start[0].to_dict()[k]}
+            changed |= {k for k, v in setting.vq.to_dict().items() if v != start[1].to_dict()[k]}
             assert len(changed - {"k", "d"}) <= 2, (setting, changed)
-    released = next(s for s in by_group["recipe"] if s.name == "release")
-    assert (released.vq.candidates, released.vq.ratio_start, released.calibration.iterations) == (2, "distance", 7)
-
-
-def test_the_summary_is_over_seeds_and_keeps_the_order():
-    table = pd.DataFrame({"group": "g", "setting": ["z", "z", "a"], "seed": [0, 1, 0], "fd": [1.0, 3.0, 5.0]})
-    found = summary(table)
-    assert found["setting"].tolist() == ["z", "a"] and found["mean"].tolist() == [2.0, 5.0]
-    assert found["std"].iloc[0] == pytest.approx(2**0.5) and pd.isna(found["std"].iloc[1])

@@ -29,6 +29,7 @@ from vqlib.paper_table import FULL_PRECISION
 from vqlib.references import load_reference
 from vqlib.table_rows import Row, TableConfig
 
+PAPER = "VQ4DiT, paper's recipe"
 GROUP_SIZES = {2: 32, 3: 64, 4: 64}  # bits -> weights a scale: uniform methods store at least as many bits as VQ
 
 
@@ -51,18 +52,27 @@ class Bench:
         """Second moments of the layers' inputs on the calibration trajectory; held on the model's device."""
         return input_hessians(self.pipe, self.settings, self.config.hessian_batches)
 
-    @cached_property
+    @property
     def settings(self) -> CalibrationConfig:
-        """Of every calibrated row."""
-        return recipe(self.config.recipe, iterations=self.config.iterations, seed=self.config.seed)
+        """Of every calibrated row but the paper's own."""
+        return self._recipe(self.config.recipe)
+
+    def _recipe(self, name: str) -> CalibrationConfig:
+        return recipe(name, iterations=self.config.iterations, seed=self.config.seed)
 
     def build(self, row: Row) -> Baseline:
         """The row's transformer, made or loaded."""
         return METHODS[row.method](self, row.bits)
 
-    def vector_quantized(self, method: str, vq: VQConfig, calibrated: bool, feedback: bool = False) -> Baseline:
-        """A packed model in a folder named by all it depends on."""
-        settings = self.settings if calibrated else None
+    def vq4dit(self, name: str, bits: int) -> Baseline:
+        """Candidates, ratios and codebooks calibrated together by a named recipe."""
+        geometry = RECIPE_VQ[name].replace(bits=bits, k=None, d=None)
+        return self.vector_quantized(f"vq4dit-{name}", geometry, self._recipe(name))
+
+    def vector_quantized(
+        self, method: str, vq: VQConfig, settings: CalibrationConfig | None, feedback: bool = False
+    ) -> Baseline:
+        """A packed model in a folder named by all it depends on; `settings` None: not calibrated."""
 
         def error_feedback_student():
             return error_feedback(self.pipe, vq, self.hessians, self.config.seed)
@@ -80,7 +90,8 @@ class Bench:
         own = ("guidance_scale", "bootstrap", "seed", "batch_size")
         about |= {name: getattr(self.config, name) for name in own}
         if row.method not in (FULL_PRECISION, "RTN", "k-means"):
-            about |= {"settings": self.settings.to_dict(), "hessian_batches": self.config.hessian_batches}
+            settings = self._recipe("paper") if row.method == PAPER else self.settings
+            about |= {"settings": settings.to_dict(), "hessian_batches": self.config.hessian_batches}
         return self.folder / "rows" / f"{content_key(about)}.json"
 
     def finished(self, row: Row) -> dict | None:
@@ -118,18 +129,15 @@ METHODS: dict[str, Method] = {
     "RTN": lambda bench, bits: round_to_nearest(bench.pipe, bits, GROUP_SIZES[bits]),
     "RTN, per channel": lambda bench, bits: round_to_nearest(bench.pipe, bits),
     "GPTQ": lambda bench, bits: gptq(bench.pipe, bits, bench.hessians, GROUP_SIZES[bits]),
-    "k-means": lambda bench, bits: bench.vector_quantized("k-means", VQConfig(bits=bits, candidates=1), False),
-    "codebook only": lambda bench, bits: bench.vector_quantized("n1", VQConfig(bits=bits, candidates=1), True),
-    "GPTVQ-like": lambda bench, bits: bench.vector_quantized("ef", VQConfig(bits=bits, candidates=1), False, True),
-    "GPTVQ-like, calibrated": lambda bench, bits: bench.vector_quantized(
-        "ef-calibrated", VQConfig(bits=bits, candidates=1), True, True
-    ),
-    "VQ4DiT": lambda bench, bits: bench.vector_quantized(
-        f"vq4dit-{bench.config.recipe}", _recipe_vq(bench.config.recipe, bits), True
-    ),
+    "k-means": lambda bench, bits: bench.vector_quantized("k-means", _single(bits), None),
+    "codebook only": lambda bench, bits: bench.vector_quantized("n1", _single(bits), bench.settings),
+    "GPTVQ-like": lambda bench, bits: bench.vector_quantized("ef", _single(bits), None, True),
+    "GPTVQ-like, calibrated": lambda bench, bits: bench.vector_quantized("ef", _single(bits), bench.settings, True),
+    "VQ4DiT": lambda bench, bits: bench.vq4dit(bench.config.recipe, bits),
+    PAPER: lambda bench, bits: bench.vq4dit("paper", bits),
 }
 
 
-def _recipe_vq(name: str, bits: int) -> VQConfig:
-    """The recipe's candidates and starting ratios at these bits."""
-    return RECIPE_VQ[name].replace(bits=bits, k=None, d=None)
+def _single(bits: int) -> VQConfig:
+    """One candidate: nothing to choose."""
+    return VQConfig(bits=bits, candidates=1)

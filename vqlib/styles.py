@@ -42,7 +42,7 @@ VENUES = {  # from each author kit's \textwidth and \columnsep
     "notebook": Venue(column=7.5, text=10.0, font_size=10, fonts=SANS),
 }
 
-# Okabe and Ito's color-blind-safe set, and one wine red of Paul Tol's. Markers tell methods apart in gray print.
+# Okabe and Ito's color-blind-safe set, with a wine red and a brown of Paul Tol's. Markers tell methods apart in gray print.
 METHOD_COLORS = {
     "full precision": "#333333",
     "k-means": "#E69F00",
@@ -53,8 +53,9 @@ METHOD_COLORS = {
     "RTN": "#999999",
     "GPTQ": "#CC79A7",
     "GPTVQ-like": "#D55E00",
+    "GPTVQ-like, calibrated": "#661100",
 }
-METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "^", "P", "X", "D", "<"), strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "^", "P", "X", "D", "<", ">"), strict=True))
 ALIASES = {
     "round-to-nearest": "RTN",
     "original": "full precision",
@@ -62,7 +63,7 @@ ALIASES = {
     "paper": "VQ4DiT",
     "n = 1": "codebook only",
 }
-OTHER_COLORS = ("#44AA99", "#AA4499", "#999933", "#661100", "#6699CC")  # Tol's muted set, for names not listed above
+OTHER_COLORS = ("#44AA99", "#AA4499", "#999933", "#6699CC")  # Tol's muted set, for names not listed above
 
 EMBEDDED = {
     "pdf.fonttype": 42,  # TrueType: searchable text, and accepted by venues that refuse Type 3

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import method_color, new_figure
+from vqlib.styles import method_color, method_key, new_figure
 
 
 def ablation_plot(
@@ -47,7 +47,7 @@ def _panel(axis, name: str, group: pd.DataFrame, quality: str, references: Mappi
         axis.axhline(value, color=method_color(method), linewidth=0.9, linestyle=":", label=method, zorder=1)
     for place, setting in enumerate(settings):
         values = group.loc[group["setting"] == setting, quality].to_numpy(dtype=float)
-        color = method_color("VQ4DiT")
+        color = method_color(setting if method_key(setting) else "VQ4DiT")
         axis.scatter(np.full(len(values), place), values, s=9, color=color, linewidths=0, alpha=0.7, zorder=3)
         if len(values) > 1:
             spread = values.std(ddof=1)
