@@ -1,10 +1,12 @@
-"""Calibration steps of DiT-XL/2's geometry against their floor, peak memory, and whether a stopped run goes on.
+"""Calibration steps against their floor, peak memory, and whether a stopped run goes on.
 
     python benchmarks/bench_calibration.py --batch 2 --iterations 20 --threads 2
+    python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 
 The floor of a step is what no implementation of the method can leave out: the full-precision forward pass, and a plain forward
-and backward pass of every block with dense weights that take gradients. Floor and steps are measured in turn. Weights are
-seeded; codebooks get one k-means pass, which changes no cost here. On a GPU: --device cuda --batch 16.
+and backward pass of every block with dense weights that take gradients. Floor and steps are measured in turn. Without
+--model the geometry is DiT-XL/2's and weights are seeded; codebooks get one k-means pass, which changes no cost here. On a GPU:
+--device cuda --batch 16.
 """
 
 import argparse
@@ -68,9 +70,10 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="what vqlib.load takes; without it DiT-XL/2's geometry with seeded weights")
     parser.add_argument("--batch", type=int, default=2, help="images; twice as many rows with guidance")
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--blocks", type=int, default=28)
+    parser.add_argument("--blocks", type=int, default=28, help="of the seeded model")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--floors", type=int, default=3, help="how often the floor is measured")
     parser.add_argument("--resume", action="store_true", help="stop half-way, write a checkpoint, go on from it")
@@ -88,25 +91,28 @@ def main() -> None:
     )
     vq = VQConfig(bits=2, candidates=options.candidates, kmeans_iterations=1)
     notes = [f"{device_name(device, options.threads)}; {versions('numba')}."]
-    pipe = seeded_pipeline(Geometry(depth=options.blocks), device)
+    seeded = not options.model
+    pipe = seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else models.load(options.model).to(device)
+    blocks = len(models.block_list(pipe.transformer))
     if options.estimate:
         changes = {f"calibration.{name}": value for name, value in config.to_dict().items()}
         job = preset("dit-xl-2-256-w2").with_settings(changes | {"vq.kmeans_iterations": 1, "images": 0})
         expected = estimate(pipe, job.with_settings({"vq.candidates": options.candidates}))
         notes.append(f"Estimated: codebooks {expected.seconds['codebooks']:.1f} s, calibration "
                      f"{expected.seconds['calibration']:.1f} s, peak memory {expected.peak_memory / 2**30:.2f} GiB.")  # fmt: skip
-    started = time.perf_counter()
-    student = quantize(pipe.transformer, vq)
-    notes.append(f"Codebooks (one pass) and candidates: {time.perf_counter() - started:.1f} s.")
     with tempfile.TemporaryDirectory() as folder:
-        out = folder if options.resume else None
+        out, cache = (f"{folder}/run", f"{folder}/codebooks") if options.resume else (None, None)
+        started = time.perf_counter()
+        student = quantize(pipe.transformer, vq, cache=cache)
+        notes.append(f"Codebooks (one pass) and candidates: {time.perf_counter() - started:.1f} s.")
         run = calibrate(pipe, student, config, out=out)
         every = max(1, options.iterations // options.floors)
         steps, floors, began, stopped = [], [], time.perf_counter(), 0.0
         for iteration in range(options.iterations):
             if options.resume and iteration == half:
                 run.close()
-                run = calibrate(pipe, student, config, out=out)
+                del run, student  # a run goes on from the student it started with: made anew, from the codebooks kept
+                run = calibrate(pipe, quantize(pipe.transformer, vq, cache=cache), config, out=out)
                 notes.append(f"Stopped and resumed at step {run.iteration} of {options.iterations}.")
             before = time.process_time()
             record = next(run)
@@ -116,15 +122,16 @@ def main() -> None:
                 stopped += floors[-1][0]
         run.close()
         notes.append(f"Calibration with its checkpoints: {time.perf_counter() - began - stopped:.1f} s.")
-    notes.append(f"{options.blocks} blocks, batch {options.batch} with guidance, n = {options.candidates}, 2 bits, {len(steps)} "
+    notes.append(f"{blocks} blocks, batch {options.batch} with guidance, n = {options.candidates}, 2 bits, {len(steps)} "
                  f"steps; peak memory {peak_memory(device) / 2**30:.2f} GiB.")  # fmt: skip
     rows = []
     for clock, step, low in zip(("wall", "processor"), zip(*steps[1:]), zip(*floors), strict=True):  # the first step warms up
         row = {"clock": clock, "step s": statistics.median(step), "fastest": min(step), "slowest": max(step)}
         row |= {"floor s": statistics.median(low), "step / floor": statistics.median(step) / statistics.median(low)}
+        row |= {"fastest / fastest": min(step) / min(low)}  # what other work on the machine disturbs least
         rows.append(row)
     table = pd.DataFrame(rows)
-    report("Calibration step of DiT-XL/2", table, notes, options.save)
+    report(f"Calibration step of {options.model or 'DiT-XL/2'}", table, notes, options.save)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -112,10 +111,9 @@ def mutate(folder, rng):
     return f"{kind} at {place} of {file.name}"
 
 
-def fuzz(count, seed, folder):
+def fuzz(count, seed, folder, model, watch=lambda load: load()):
     """Load `count` damaged copies of one checkpoint; returns how many were refused. AssertionError on a wrong load."""
     rng, refused = random.Random(seed), 0
-    model = pack(tiny_dit(), k=12, shared=True)
     good, bad = folder / "good", folder / "bad"
     save(model, good, {"source": "tiny", "seed": 0})
     for i in range(count):
@@ -123,13 +121,32 @@ def fuzz(count, seed, folder):
         shutil.copytree(good, bad)
         done = mutate(bad, rng)
         try:
-            loaded = load_transformer(bad)
+            loaded = watch(lambda: load_transformer(bad))
         except CheckpointError as error:
             assert str(bad) in str(error), f"{done}: the message does not name the file: {error}"
             refused += 1
         else:
             assert same(loaded, model), f"mutation {i} of seed {seed} ({done}) loaded as another model"
     return refused
+
+
+class PeakPerCall:
+    """Bytes by which a call's resident peak passed what was resident before it, the largest of all calls. Linux only."""
+
+    largest = 0
+
+    def __call__(self, action):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = self._status("VmHWM")
+        try:
+            return action()
+        finally:
+            self.largest = max(self.largest, self._status("VmHWM") - before)
+
+    @staticmethod
+    def _status(name):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
 
 
 def forge(folder, change):
@@ -183,6 +200,11 @@ def kill_while_saving(rounds, seed, folder):
     return found
 
 
+def size_of(folder):
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000, help="damaged checkpoints to load")
@@ -190,16 +212,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        fuzz(20, arguments.seed + 1, folder)  # imports and caches are in memory before it is measured
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        refused = fuzz(arguments.count, arguments.seed, folder)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        size = sum(path.stat().st_size for path in (folder / "good").iterdir())
+        folder, model = Path(name), pack(tiny_dit(), k=12, shared=True)
+        start = time.perf_counter()
+        refused = fuzz(arguments.count, arguments.seed, folder, model)
         print(
-            f"{arguments.count} damaged checkpoints of {size} bytes: {refused} refused, "
-            f"{arguments.count - refused} loaded bit-equal, 0 wrong; "
-            f"peak memory grew by {grown} KiB; {time.perf_counter() - start:.0f} s"
+            f"{arguments.count} damaged checkpoints of {size_of(folder / 'good')} bytes: {refused} refused, "
+            f"{arguments.count - refused} loaded bit-equal, 0 wrong; {time.perf_counter() - start:.0f} s"
+        )
+        model, watch = pack(tiny_dit(attention_head_dim=256, num_layers=4), k=256), PeakPerCall()
+        fuzz(20, arguments.seed + 1, folder, model)  # imports and caches are in memory before it is measured
+        fuzz(arguments.count // 20, arguments.seed + 2, folder, model, watch)
+        size = size_of(folder / "good")
+        print(
+            f"{arguments.count // 20} damaged checkpoints of {size / 2**20:.1f} MiB: the resident peak of one load grew by "
+            f"at most {watch.largest / 2**20:.1f} MiB, {watch.largest / size:.2f} × the files"
         )
         found = kill_while_saving(arguments.kills, arguments.seed, folder)
         print(f"{arguments.kills} kills while saving: {found.count(0)} left one model, {found.count(1)} the other")

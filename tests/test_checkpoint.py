@@ -132,7 +132,7 @@ def test_a_model_without_packed_layers_is_refused(tmp_path):
 
 
 def test_random_damage_is_refused_or_does_not_matter(tmp_path):
-    assert fuzz(300, seed=11, folder=tmp_path) > 250
+    assert fuzz(300, 11, tmp_path, pack(tiny_dit(), k=12, shared=True)) > 250
 
 
 def rename(tensors, manifest, config):

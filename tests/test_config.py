@@ -1,6 +1,6 @@
 import pytest
 
-from vqlib.config import RECIPES, CalibrationConfig, VQConfig, recipe
+from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, VQConfig, recipe, recipe_vq
 
 
 @pytest.mark.parametrize("bits, k, d", [(2, 256, 4), (3, 64, 2), (4, 256, 2)])
@@ -31,6 +31,14 @@ def test_impossible_geometry_is_refused_with_the_numbers(settings, message):
 def test_every_recipe_survives_a_round_trip_through_a_dict():
     for settings in RECIPES.values():
         assert CalibrationConfig.from_dict(settings.to_dict()) == settings
+
+
+def test_every_recipe_has_its_candidates_and_start_at_any_bits():
+    assert set(RECIPES) == set(RECIPE_VQ)
+    assert recipe_vq("best", 3) == VQConfig(bits=3, candidates=2, ratio_start="least-squares")
+    assert recipe_vq("paper", candidates=5) == VQConfig(bits=2, candidates=5)
+    with pytest.raises(ValueError, match="recipe 'papr' is not one of"):
+        recipe_vq("papr")
 
 
 def test_unknown_names_are_refused():

@@ -249,6 +249,11 @@ def test_everything_works_without_numba(without_numba):
     mixed = kernels.soft_reconstruct(book, candidates, logits)
     assert torch.autograd.grad(mixed, logits, grad)[0].shape == (300, 3)
     assert kernels.settle_ratios(logits).histogram.sum() == 300
+    assert kernels.used_codewords(candidates, torch.zeros(300, dtype=torch.uint8), 16) == len(candidates[:, 0].unique())
+    before, grad = logits.detach().clone(), torch.zeros_like(logits)
+    kernels.add_ratio_gradient("quadratic", logits, grad, 1.0)
+    kernels.rmsprop_step(logits, grad, torch.zeros_like(grad), 5e-2, 0.99, 1e-8)
+    assert grad.any() and not torch.equal(logits, before)
 
 
 def test_the_twins_bound_their_memory_by_chunks(monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import tiny
 import torch
 
-from vqlib import models
+from vqlib import codebook, models
 from vqlib.config import VQConfig
 from vqlib.layers import CandidateLinear, VQLinear
 from vqlib.quantize import harden, quantize, reconstruction_error
@@ -51,3 +51,17 @@ def test_codebook_scope_decides_how_many_codebooks_there_are(scope, codebooks):
 def test_a_width_that_does_not_fit_names_the_layer():
     with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0.norm1.linear\)"):
         quantize(tiny.transformer(), VQConfig(k=16, d=5))
+
+
+@pytest.mark.parametrize("scope, codebooks", [("layer", 14), ("model", 1)])
+def test_codebooks_kept_in_a_folder_are_not_fitted_again(scope, codebooks, tmp_path, monkeypatch):
+    transformer, config = tiny.transformer(), CONFIG.replace(codebook_scope=scope)
+    plain = quantize(transformer, config, seed=4)
+    first = quantize(transformer, config, seed=4, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == codebooks
+    monkeypatch.setattr(codebook, "fit_codebook", lambda *a, **o: pytest.fail("fitted again"))
+    again = quantize(transformer, config, seed=4, cache=tmp_path)
+    for student in (first, again):
+        assert all(torch.equal(v, student.state_dict()[n]) for n, v in plain.state_dict().items())
+    fewer = quantize(transformer, config.replace(candidates=1), seed=4, cache=tmp_path)
+    assert next(m for m in fewer.modules() if isinstance(m, CandidateLinear)).candidates.shape[1] == 1

@@ -7,7 +7,7 @@ from vqlib import _compat  # noqa: F401, first: torchvision beside a CPU build o
 from vqlib.calibrate import Calibration, calibrate
 from vqlib.checkpoint import CheckpointError, load_transformer, save, size_report
 from vqlib.codebook import Codebook, fit_codebook
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
 from vqlib.estimate import Estimate, estimate
 from vqlib.evaluate import Metrics, evaluate
 from vqlib.frechet import frechet_distance
@@ -52,6 +52,7 @@ __all__ = [
     "quantize",
     "read_records",
     "recipe",
+    "recipe_vq",
     "reconstruction_error",
     "sample",
     "save",

@@ -20,7 +20,7 @@ from vqlib.baselines.error_feedback import error_feedback
 from vqlib.baselines.gptq import gptq
 from vqlib.baselines.hessians import input_hessians
 from vqlib.baselines.round_to_nearest import round_to_nearest
-from vqlib.config import RECIPE_VQ, CalibrationConfig, SamplingConfig, VQConfig, recipe
+from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
 from vqlib.experiments import content_key, measure, packed_model, reference_fingerprint
 from vqlib.files import write_bytes
 from vqlib.fingerprint import fingerprint
@@ -66,8 +66,7 @@ class Bench:
 
     def vq4dit(self, name: str, bits: int) -> Baseline:
         """Candidates, ratios and codebooks calibrated together by a named recipe."""
-        geometry = RECIPE_VQ[name].replace(bits=bits, k=None, d=None)
-        return self.vector_quantized(f"vq4dit-{name}", geometry, self._recipe(name))
+        return self.vector_quantized(f"vq4dit-{name}", recipe_vq(name, bits), self._recipe(name))
 
     def vector_quantized(
         self, method: str, vq: VQConfig, settings: CalibrationConfig | None, feedback: bool = False

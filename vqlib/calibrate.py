@@ -52,8 +52,10 @@ class Calibration(Iterator[Record]):
             raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
         keep_freed_memory()
         self.teacher, self.student, self.config = pipe.transformer, model, config
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CandidateLinear)}
+        self.layers = _soft_layers(model)
         self.blocks = models.block_list(model)
+        names = {layer: name for name, layer in self.layers.items()}
+        self.parts = {p: {names[m]: m for m in _soft_layers(p).values()} for p in (*self.blocks, model)}
         self._prepare_parameters()
         self.optimizers = BlockOptimizers(self.blocks, config)
         self.trajectory = Trajectory(pipe, config)
@@ -162,15 +164,13 @@ class Calibration(Iterator[Record]):
         return output, [loss.item() for loss in losses]
 
     def _backward(self, loss: Tensor, part: nn.Module, push: bool) -> None:
-        """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`."""
-        members = set(part.modules())
-        own = {name: layer for name, layer in self.layers.items() if layer in members}
-        if push:
-            term = RATIO_LOSSES[self.config.ratio_loss]
-            loss = loss + self.config.lambda_r * sum(term(c.logits) for c in own.values() if c.logits is not None)
+        """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`; L_r needs no graph, it sees the logits alone."""
         loss.backward()
+        if push:
+            for z in (layer.logits for layer in self.parts[part].values() if layer.logits is not None):
+                kernels.add_ratio_gradient(self.config.ratio_loss, z, z.grad, self.config.lambda_r)
         if self.config.train_codebooks == "frozen":
-            for name, layer in own.items():
+            for name, layer in self.parts[part].items():
                 if not self.settled[name]:
                     layer.codebook.grad = None
 
@@ -190,16 +190,15 @@ class Calibration(Iterator[Record]):
     def _settle(self, name: str, layer: CandidateLinear) -> dict:
         """Freeze what has passed the threshold; the layer's figures for the record."""
         figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
-        winners = torch.zeros(len(layer.candidates), 1, dtype=torch.int64, device=layer.candidates.device)
+        winners = torch.zeros(len(layer.candidates), dtype=torch.uint8, device=layer.candidates.device)
         if layer.logits is not None:
             ratios = kernels.settle_ratios(layer.logits.data, self._threshold(layer.logits.data), freeze=True)
             figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_nearest, "entropy": ratios.entropy}
             figures |= {"histogram": ratios.histogram.tolist(), "ratio_loss": getattr(ratios, self.config.ratio_loss)}
             self.settled[name] = ratios.frozen > SETTLED
-            winners = ratios.winners.long().unsqueeze(1)
-        assignments = layer.candidates.gather(1, winners).squeeze(1)  # [N, n] -> [N]
-        used = torch.bincount(assignments.int(), minlength=len(layer.codebook)).count_nonzero()
-        return figures | {"unused": len(layer.codebook) - int(used)}
+            winners = ratios.winners
+        k = len(layer.codebook)
+        return figures | {"unused": k - kernels.used_codewords(layer.candidates, winners, k)}
 
     def _threshold(self, logits: Tensor) -> float:
         """The largest ratio above which sub-vectors of a layer are frozen in this step."""
@@ -209,7 +208,7 @@ class Calibration(Iterator[Record]):
         share = (self.iteration / self.config.iterations - start) / (stop - start)
         if not 0.0 < share < 1.0:
             return 1.0 if share <= 0.0 else 0.0
-        largest = logits.softmax(dim=1).amax(dim=1)
+        largest = kernels.largest_ratios(logits)
         return largest.kthvalue(max(1, round(len(largest) * (1.0 - share)))).values.item()
 
     def _teacher_output(self, inputs: Inputs) -> Tensor:
@@ -257,6 +256,10 @@ class Calibration(Iterator[Record]):
         self.settled = dict(zip(self.layers, state["settled"].tolist(), strict=True))
         self.ratio_minimum = state["ratio_minimum"].item()
         return True
+
+
+def _soft_layers(module: nn.Module) -> dict[str, CandidateLinear]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, CandidateLinear)}
 
 
 @contextmanager

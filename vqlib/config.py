@@ -176,3 +176,10 @@ def recipe(name: str, **changes) -> CalibrationConfig:
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is not one of {sorted(RECIPES)}")
     return RECIPES[name].replace(**changes)
+
+
+def recipe_vq(name: str, bits: float = 2, **changes) -> VQConfig:
+    """The candidates and starting ratios that a recipe expects, at `bits`; raises ValueError on an unknown name."""
+    if name not in RECIPE_VQ:
+        raise ValueError(f"recipe {name!r} is not one of {sorted(RECIPE_VQ)}")
+    return RECIPE_VQ[name].replace(**({"bits": bits, "k": None, "d": None} | changes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 from vqlib import models
 from vqlib.candidates import find_candidates
 from vqlib.checkpoint import attach
-from vqlib.codebook import fit_codebook
+from vqlib.codebook import cached_codebook, fit_codebook
 from vqlib.config import VQConfig
 from vqlib.layers import CandidateLinear, VQLinear
 from vqlib.subvectors import split
 
 
-def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0) -> nn.Module:
+def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0, cache: str | Path | None = None) -> nn.Module:
     """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
 
-    The original is left as it is; tensors that are not quantized are copied. Raises ValueError naming the layer whose width
+    The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
+    for and kept, under a hash of the weights, k, d, seed and iterations. Raises ValueError naming the layer whose width
     `config.d` does not divide, before any work is done.
     """
     layers = models.quantizable(transformer)
@@ -29,7 +31,7 @@ def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0) -> nn.Modu
         split(layer.weight, config.d, name)
     student = _copy_without(transformer, layers.values())
     for group in _groups(transformer, layers, config.codebook_scope):
-        for name, replacement in _quantize_group(group, config, seed):
+        for name, replacement in _quantize_group(group, config, seed, cache):
             models.swap(student, name, replacement)
     return student.eval()
 
@@ -66,14 +68,17 @@ def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) ->
             yield {name: layer for name, layer in layers.items() if layer in members}
 
 
-def _quantize_group(group: dict[str, nn.Linear], config: VQConfig, seed: int) -> Iterator[tuple[str, CandidateLinear]]:
+def _quantize_group(
+    group: dict[str, nn.Linear], config: VQConfig, seed: int, cache: str | Path | None
+) -> Iterator[tuple[str, CandidateLinear]]:
     """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
     shared = config.codebook_scope != "layer"
     scales = {name: _scale(layer) if shared else None for name, layer in group.items()}
     parts = [_normalized(layer, config.d, scales[name]) for name, layer in group.items()]
     label = next(iter(group)) if len(group) == 1 else f"{next(iter(group))} … ({len(group)} layers)"
     x = parts[0] if len(parts) == 1 else torch.cat(parts)
-    codebook = fit_codebook(x, config.k, seed=seed, iterations=config.kmeans_iterations, name=label)
+    options = {"seed": seed, "iterations": config.kmeans_iterations, "name": label}
+    codebook = cached_codebook(x, config.k, cache, **options) if cache else fit_codebook(x, config.k, **options)
     codewords = nn.Parameter(codebook.codewords)
     for (name, layer), part in zip(group.items(), parts, strict=True):
         candidates = find_candidates(part, codebook.codewords, config.candidates, config.ratio_start)

@@ -16,12 +16,16 @@ __all__ = [
     "FROZEN_LOGIT",
     "ClusterSums",
     "RatioStatistics",
+    "add_ratio_gradient",
     "assign",
     "cluster_sums",
+    "largest_ratios",
     "nearest",
     "ratio_loss",
+    "rmsprop_step",
     "settle_ratios",
     "soft_reconstruct",
+    "used_codewords",
 ]
 
 
@@ -120,8 +124,9 @@ class _RatioLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, kind):
-        value, grad = _compiled()[2].loss(_array(logits), kind == "absolute")
-        ctx.save_for_backward(torch.from_numpy(grad))
+        grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        value = _compiled()[2].add_loss(_array(logits), kind == "absolute", 1.0, grad.numpy())
+        ctx.save_for_backward(grad)
         return torch.tensor(value, dtype=torch.float32)
 
     @staticmethod
@@ -135,6 +140,41 @@ def ratio_loss(kind: str, logits: Tensor) -> Tensor:
     if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
         return _RatioLoss.apply(logits, kind)
     return reference.ratio_loss(kind, logits)
+
+
+@torch.no_grad()
+def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -> None:
+    """grad += weight · d `ratio_loss(kind, logits)` / d logits, in place and in one pass; both [N, n]."""
+    logits = logits.detach()
+    if _on_cpu(logits, grad) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES and grad.is_contiguous():
+        _compiled()[2].add_loss(_array(logits), kind == "absolute", weight, grad.numpy())
+    else:
+        reference.add_ratio_gradient(kind, logits, grad, weight)
+
+
+@torch.no_grad()
+def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
+    """v ← αv + (1 − α)g², x ← x − rate·g / (√v + eps): RMSprop on `values` and `squares`, in place."""
+    values = values.detach()
+    if _on_cpu(values, grad, squares) and values.is_contiguous() and squares.is_contiguous():
+        _compiled()[2].rmsprop(values.numpy(), _array(grad), squares.numpy(), rate, smoothing, eps)
+    else:
+        reference.rmsprop_step(values, grad, squares, rate, smoothing, eps)
+
+
+def largest_ratios(logits: Tensor) -> Tensor:
+    """The largest ratio of every sub-vector, max softmax(logits): [N, n] -> [N]."""
+    logits = logits.detach()
+    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
+        return torch.from_numpy(_compiled()[2].largest(_array(logits)))
+    return reference.largest_ratios(logits)
+
+
+def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
+    """How many of k codewords some sub-vector has chosen: integer [N, n], position of the chosen one uint8 [N]."""
+    if candidates.device.type == "cpu" and _compiled() is not None:
+        return _compiled()[2].used_codewords(_array(candidates), _array(winners), k)
+    return reference.used_codewords(candidates, winners, k)
 
 
 @torch.no_grad()

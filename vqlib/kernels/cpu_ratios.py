@@ -1,112 +1,214 @@
-"""Ratio loss, freezing and statistics of the logits on the CPU: one pass over [N, n] each, compiled by numba for each n."""
+"""Ratio loss, RMSprop, freezing and statistics of the logits on the CPU: one pass over [N, n] each, compiled for each n.
+
+A block of 256 sub-vectors is loaded transposed; see `cpu_soft`. Loops over a block take every lane, also those past the
+last sub-vector, except where something is added up.
+"""
 
 import numpy as np
 from numba import njit
 
-from vqlib.kernels.cpu_soft import OPTIONS, softmax_block
+from vqlib.kernels.cpu_soft import CHUNK, check_candidates, load_block, softmax_block, store_block
 from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS
 from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
+from vqlib.kernels.vectors import OPTIONS
 
+_ONE, _TWO, _ZERO = np.float32(1.0), np.float32(2.0), np.float32(0.0)
 _FROZEN = np.float32(FROZEN_LOGIT)
 _SUMS = 5  # entropy, winners other than 0, frozen, absolute and quadratic ratio loss
+_BLOCK = np.uint64(BLOCK)
 
 
 @njit(**OPTIONS)
-def _loss_range(slots, logits, absolute, start, stop, grad):
-    """Gradient of one sub-vector's loss into grad [N, n]; the sum of losses and the number of sub-vectors not frozen."""
+def _count_open(slots, logits, start, stop):
+    """Number of sub-vectors that are not frozen."""
+    n, still_open = np.uint64(len(slots)), 0
+    for i in range(np.uint64(start), np.uint64(stop)):
+        lowest = logits[i * n]
+        for t in range(n):
+            lowest = min(lowest, logits[i * n + t])
+        still_open += lowest > _FROZEN
+    return still_open
+
+
+@njit(**OPTIONS)
+def _loss_range(slots, logits, absolute, weight, start, stop, grad):
+    """Add weight · gradient of the sub-vectors' losses to grad [N·n]; the sum of the losses.
+
+    The ratios of a frozen sub-vector are exactly one-hot, so that its gradient is exactly 0.
+    """
+    n = np.uint64(len(slots))
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
+    slopes = np.zeros(len(slots) * BLOCK, dtype=np.float32)
+    into = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     totals = np.empty(BLOCK, dtype=np.float32)
-    loss, still_open = 0.0, 0
+    losses = np.zeros(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        softmax_block(slots, logits, low, high, ratios, totals)
-        for b in range(high - low):
-            row, mean, frozen = np.float32(0.0), np.float32(0.0), False
-            for t in range(len(slots)):
-                r = ratios[t * BLOCK + b]
+        rows = np.uint64(min(BLOCK, stop - low))
+        load_block(slots, logits, low, rows, ratios)
+        load_block(slots, grad, low, rows, into)
+        softmax_block(slots, ratios, totals)
+        for b in range(rows):
+            mean = _ZERO
+            for t in range(n):
+                r = ratios[t * _BLOCK + b]
                 if absolute:
-                    row += np.float32(1.0) - abs(np.float32(2.0) * r - np.float32(1.0))
-                    slope = np.float32(2.0) * np.sign(np.float32(1.0) - np.float32(2.0) * r)
+                    losses[b] += _ONE - abs(_TWO * r - _ONE)
+                    slope = _TWO * np.sign(_ONE - _TWO * r)
                 else:
-                    row += r * (np.float32(1.0) - r)
-                    slope = np.float32(1.0) - np.float32(2.0) * r
-                frozen |= logits[low + b, t] <= _FROZEN
+                    losses[b] += r * (_ONE - r)
+                    slope = _ONE - _TWO * r
                 mean += r * slope
-                grad[low + b, t] = slope
-            for t in range(len(slots)):
-                slope = np.float32(0.0) if frozen else ratios[t * BLOCK + b] * (grad[low + b, t] - mean)
-                grad[low + b, t] = slope
-            loss += row
-            still_open += not frozen
-    return loss, still_open
+                slopes[t * _BLOCK + b] = slope
+            for t in range(n):
+                into[t * _BLOCK + b] += weight * ratios[t * _BLOCK + b] * (slopes[t * _BLOCK + b] - mean)
+        store_block(slots, into, low, rows, grad)
+    return losses.sum()
+
+
+@njit(**OPTIONS)
+def _rmsprop_range(values, grad, squares, rate, smoothing, rest, eps, start, stop):
+    for i in range(np.uint64(start), np.uint64(stop)):
+        square = squares[i] * smoothing + rest * grad[i] * grad[i]
+        squares[i] = square
+        values[i] -= rate * grad[i] / (np.sqrt(square) + eps)
+
+
+@njit(**OPTIONS)
+def _measure_block(slots, logits, ratios, threshold, rows, places, winners, above, sums):
+    """Of each sub-vector of a block: bin of the largest ratio, its position, whether it is above the threshold.
+
+    sums [5, 256] flat grow by what is summed, but for the logarithm of the softmax's totals in the entropy.
+    """
+    n = np.uint64(len(slots))
+    for b in range(rows):
+        largest, top, winner, mean = ratios[b], logits[b], 0, ratios[b] * logits[b]
+        absolute, quadratic = _ONE - abs(_TWO * largest - _ONE), largest * (_ONE - largest)
+        for t in range(np.uint64(1), n):
+            ratio, logit = ratios[t * _BLOCK + b], logits[t * _BLOCK + b]
+            mean += ratio * logit
+            absolute += _ONE - abs(_TWO * ratio - _ONE)
+            quadratic += ratio * (_ONE - ratio)
+            winner = np.int32(t) if ratio > largest else winner
+            top = logit if ratio > largest else top
+            largest = ratio if ratio > largest else largest
+        passed = (largest > threshold) | (largest >= _ONE)
+        places[b], winners[b], above[b] = np.int32(largest * np.float32(HISTOGRAM_BINS)), winner, passed
+        sums[b] += top - mean
+        sums[_BLOCK + b] += np.float32(winner != 0)
+        sums[np.uint64(2) * _BLOCK + b] += np.float32(passed)
+        sums[np.uint64(3) * _BLOCK + b] += absolute
+        sums[np.uint64(4) * _BLOCK + b] += quadratic
 
 
 @njit(**OPTIONS)
 def _settle_range(slots, logits, threshold, freeze, start, stop, histogram, sums, winners):
+    n = np.uint64(len(slots))
+    values = np.zeros(len(slots) * BLOCK, dtype=np.float32)
+    ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
+    totals, products = np.empty(BLOCK, dtype=np.float32), np.ones(BLOCK)
+    places, best = np.zeros(BLOCK, dtype=np.int32), np.zeros(BLOCK, dtype=np.int32)
+    above = np.zeros(BLOCK, dtype=np.bool_)
+    lanes = np.zeros(_SUMS * BLOCK, dtype=np.float32)
+    for low in range(start, stop, BLOCK):
+        rows, first = np.uint64(min(BLOCK, stop - low)), np.uint64(low)
+        load_block(slots, logits, low, rows, values)
+        ratios[:] = values
+        softmax_block(slots, ratios, totals)
+        _measure_block(slots, values, ratios, threshold, rows, places, best, above, lanes)
+        for b in range(rows):
+            products[b] *= totals[b]
+            histogram[max(0, min(places[b], HISTOGRAM_BINS - 1))] += 1
+            winners[first + b] = best[b]
+        if (low - start) % (64 * BLOCK) == 0:  # entropy = log Σ exp(z - top) - Σ r (z - top); the sums lie in 1..16
+            sums[0] += np.log(products).sum()
+            products[:] = 1.0
+        if freeze:
+            for b in range(rows):
+                if above[b]:
+                    for t in range(n):
+                        logits[(first + b) * n + t] = _ZERO if t == best[b] else _FROZEN
+    sums[0] += np.log(products).sum()
+    for i in range(_SUMS):
+        sums[i] += lanes[i * BLOCK : (i + 1) * BLOCK].sum()
+
+
+@njit(**OPTIONS)
+def _largest_range(slots, logits, start, stop, largest):
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     totals = np.empty(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        softmax_block(slots, logits, low, high, ratios, totals)
-        product = 1.0
-        for b in range(high - low):
-            largest, winner, mean = ratios[b], 0, np.float32(0.0)
-            absolute, quadratic = np.float32(0.0), np.float32(0.0)
-            for t in range(len(slots)):
-                ratio = ratios[t * BLOCK + b]
-                mean += ratio * logits[low + b, t]
-                absolute += np.float32(1.0) - abs(np.float32(2.0) * ratio - np.float32(1.0))
-                quadratic += ratio * (np.float32(1.0) - ratio)
-                if ratio > largest:
-                    largest, winner = ratio, t
-            # entropy = log Σ exp(z - top) - Σ r (z - top); the sums lie in 1..16, so 64 of them fit into one logarithm
-            sums[0] += logits[low + b, winner] - mean
-            product *= totals[b]
-            if b % 64 == 63:
-                sums[0] += np.log(product)
-                product = 1.0
-            place = np.int64(largest * np.float32(HISTOGRAM_BINS)) if largest == largest else 0
-            histogram[min(place, HISTOGRAM_BINS - 1)] += 1
-            sums[1] += winner != 0
-            above = largest > threshold or largest >= np.float32(1.0)
-            sums[2] += above
-            sums[3] += absolute
-            sums[4] += quadratic
-            winners[low + b] = winner
-            if freeze and above:
-                for t in range(len(slots)):
-                    logits[low + b, t] = _FROZEN
-                logits[low + b, winner] = np.float32(0.0)
-        sums[0] += np.log(product)
+        rows, first = np.uint64(min(BLOCK, stop - low)), np.uint64(low)
+        load_block(slots, logits, low, rows, ratios)
+        softmax_block(slots, ratios, totals)
+        for b in range(rows):
+            largest[first + b] = _ONE / totals[b]  # the largest logit's exponential is 1
 
 
-def loss(logits: np.ndarray, absolute: bool) -> tuple[float, np.ndarray]:
-    """Eq. 9, or the quadratic loss over sub-vectors not yet frozen: float32 [N, n] -> value, gradient [N, n]."""
-    count, n = logits.shape
-    size = chunk_size(count)
-    grad = np.empty((count, n), dtype=np.float32)
-    found: list[tuple[float, int]] = [(0.0, 0)] * -(-count // size)
+@njit(**OPTIONS)
+def _mark_used(slots, candidates, winners, start, stop, used):
+    n = np.uint64(len(slots))
+    for i in range(np.uint64(start), np.uint64(stop)):
+        used[np.uint64(candidates[i * n + np.uint64(winners[i])])] = True
+
+
+def _in_chunks(function, count: int) -> list:
+    """function(i, low, high) of every chunk of `count` sub-vectors; what each of them gave, in order."""
+    size = chunk_size(count, least=CHUNK)
+    found = [None] * -(-count // size)
 
     def work(i: int, low: int, high: int) -> None:
-        found[i] = _loss_range((0,) * n, logits, absolute, low, high, grad)
+        found[i] = function(i, low, high)
 
     run_chunks(count, size, work)
-    rows = count if absolute else max(sum(still_open for _, still_open in found), 1)
-    grad *= np.float32(1.0 / rows)
-    return sum(value for value, _ in found) / rows, grad
+    return found
+
+
+def add_loss(logits: np.ndarray, absolute: bool, weight: float, grad: np.ndarray) -> float:
+    """Ratio loss of float32 [N, n], Eq. 9 or the quadratic one over sub-vectors not yet frozen; grad += weight · gradient."""
+    count, n = logits.shape
+    slots, z, into = (0,) * n, logits.reshape(-1), grad.reshape(-1)
+    rows = count if absolute else sum(_in_chunks(lambda _, low, high: _count_open(slots, z, low, high), count))
+    scale = np.float32(weight / max(rows, 1))
+    values = _in_chunks(lambda _, low, high: _loss_range(slots, z, absolute, scale, low, high, into), count)
+    return sum(values) / max(rows, 1)
+
+
+def rmsprop(values: np.ndarray, grad: np.ndarray, squares: np.ndarray, rate: float, smoothing: float, eps: float) -> None:
+    """One step of RMSprop on contiguous float32 arrays of one shape: `values` and `squares` change in place."""
+    z, g, v = (array.reshape(-1) for array in (values, grad, squares))
+    numbers = tuple(np.float32(x) for x in (rate, smoothing, 1.0 - smoothing, eps))
+    size = chunk_size(len(z), least=4 * CHUNK)
+    run_chunks(len(z), size, lambda _, low, high: _rmsprop_range(z, g, v, *numbers, low, high))
 
 
 def settle(logits: np.ndarray, threshold: float, freeze: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Histogram int64 [20] of the largest ratios, sums float64 [5], winners uint8 [N]; `freeze` changes logits in place."""
     count, n = logits.shape
-    size = chunk_size(count)
-    chunks = -(-count // size)
-    histogram = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64)
-    sums = np.zeros((chunks, _SUMS))
+    chunks = -(-count // chunk_size(count, least=CHUNK))
+    histogram, sums = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64), np.zeros((chunks, _SUMS))
     winners = np.empty(count, dtype=np.uint8)
+    slots, z, limit = (0,) * n, logits.reshape(-1), np.float32(threshold)
 
     def work(i: int, low: int, high: int) -> None:
-        _settle_range((0,) * n, logits, np.float32(threshold), freeze, low, high, histogram[i], sums[i], winners)
+        _settle_range(slots, z, limit, freeze, low, high, histogram[i], sums[i], winners)
 
-    run_chunks(count, size, work)
+    _in_chunks(work, count)
     return histogram.sum(axis=0), sums.sum(axis=0), winners
+
+
+def largest(logits: np.ndarray) -> np.ndarray:
+    """Largest ratio of every sub-vector: float32 [N, n] -> [N]."""
+    count, n = logits.shape
+    found, slots, z = np.empty(count, dtype=np.float32), (0,) * n, logits.reshape(-1)
+    _in_chunks(lambda _, low, high: _largest_range(slots, z, low, high, found), count)
+    return found
+
+
+def used_codewords(candidates: np.ndarray, winners: np.ndarray, k: int) -> int:
+    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]; IndexError."""
+    count, n = candidates.shape
+    check_candidates(candidates, k)
+    used = np.zeros(k, dtype=np.bool_)
+    slots, codes = (0,) * n, candidates.reshape(-1)
+    _in_chunks(lambda _, low, high: _mark_used(slots, codes, winners, low, high, used), count)
+    return int(np.count_nonzero(used))

@@ -5,160 +5,122 @@ is mixed from the codebook, which stays cached. The backward pass computes the r
 Codeword gradients are summed per chunk in float32 and over chunks in float64, in an order that no number of threads
 changes.
 
-Functions learn d and n while they are compiled, from the lengths of the tuples `unit` and `slots`; see `cpu`.
+Functions learn d and n while they are compiled, from the lengths of the tuples `unit` and `slots`; see `cpu`. Arrays
+are flat, and a block's values lie transposed, t * 256 + b, so that every lane of a register works on another sub-vector.
 """
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
+from vqlib.kernels.vectors import OPTIONS, add_scaled, dot, exp
 
 MAX_LENGTH = 16
 MAX_CANDIDATES = 16
-OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+CHUNK = 16384  # sub-vectors: a tenth of a millisecond
 
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_ROUND = np.float32(12582912.0)  # 1.5 · 2^23: adding it leaves the nearest integer in the low bits of the mantissa
-_LOWEST = np.float32(-87.0)  # exp(-87) is the smallest normal float32
-
-
-@intrinsic
-def _power_of_two(typingctx, shifted):
-    """2^i from the float32 number 1.5 · 2^23 + i, by moving i into the exponent bits."""
-    if shifted != types.float32:
-        return None
-
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(32)
-        exponent = builder.shl(builder.bitcast(args[0], word), ir.Constant(word, 23))
-        return builder.bitcast(builder.add(exponent, ir.Constant(word, 0x3F800000)), ir.FloatType())
-
-    return types.float32(types.float32), codegen
+_BLOCK = np.uint64(BLOCK)
 
 
 @njit(**OPTIONS)
-def _exp(x):
-    """exp(x) for float32 x <= 0 within 2 ulp: range reduction and a polynomial, so that it runs in vector lanes."""
-    x = _LOWEST if x < _LOWEST else x
-    shifted = x * _LOG2E + _ROUND
-    whole = shifted - _ROUND
-    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    value = np.float32(1.9875691500e-4)  # minimax polynomial of exp on ±½ log 2
-    value = value * rest + np.float32(1.3981999507e-3)
-    value = value * rest + np.float32(8.3334519073e-3)
-    value = value * rest + np.float32(4.1665795894e-2)
-    value = value * rest + np.float32(1.6666665459e-1)
-    value = value * rest + np.float32(5.0000001201e-1)
-    value = value * rest * rest + rest + np.float32(1.0)
-    return value * _power_of_two(shifted)
+def load_block(slots, values, low, rows, block):
+    """Transpose the first `rows` rows from `low` on: values [N·n] -> block [n, 256] flat."""
+    n, first = np.uint64(len(slots)), np.uint64(low)
+    for b in range(np.uint64(rows)):
+        for t in range(n):
+            block[t * _BLOCK + b] = values[(first + b) * n + t]
 
 
 @njit(**OPTIONS)
-def softmax_block(slots, logits, start, stop, ratios, totals):
-    """Ratios of one block (Eq. 6), [n, 256] flat, and the sums of exponentials they were divided by, [256]."""
-    for b in range(stop - start):
-        for t in range(len(slots)):
-            ratios[t * BLOCK + b] = logits[start + b, t]  # [256, n] -> [n, 256]
-    for b in range(BLOCK):
-        top = ratios[b]
-        for t in range(1, len(slots)):
-            value = ratios[t * BLOCK + b]
+def store_block(slots, block, low, rows, values):
+    """The way back: block [n, 256] flat -> `rows` rows of values [N·n] from `low` on."""
+    n, first = np.uint64(len(slots)), np.uint64(low)
+    for b in range(np.uint64(rows)):
+        for t in range(n):
+            values[(first + b) * n + t] = block[t * _BLOCK + b]
+
+
+@njit(**OPTIONS)
+def softmax_block(slots, block, totals):
+    """A block's logits become its ratios (Eq. 6), [n, 256] flat; totals [256]: the sums of exponentials divided by."""
+    n = np.uint64(len(slots))
+    for b in range(_BLOCK):
+        top = block[b]
+        for t in range(n):
+            value = block[t * _BLOCK + b]
             top = value if value > top else top
         total = np.float32(0.0)
-        for t in range(len(slots)):
-            value = _exp(ratios[t * BLOCK + b] - top)
-            ratios[t * BLOCK + b] = value
+        for t in range(n):
+            value = exp(block[t * _BLOCK + b] - top)
+            block[t * _BLOCK + b] = value
             total += value
         totals[b] = total
-        for t in range(len(slots)):
-            ratios[t * BLOCK + b] /= total
-
-
-@njit(**OPTIONS)
-def _first_outside(slots, candidates, start, stop, k):
-    """First row of the block with a candidate outside 0..k-1, or -1."""
-    for i in range(start, stop):
-        for t in range(len(slots)):
-            code = np.int64(candidates[i, t])
-            if code < 0 or code >= k:
-                return i
-    return -1
+        for t in range(n):
+            block[t * _BLOCK + b] *= np.float32(1.0) / total
 
 
 @njit(**OPTIONS)
 def _forward_range(unit, slots, codewords, candidates, logits, start, stop, out):
+    d, n = np.uint64(len(unit)), np.uint64(len(slots))
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     totals = np.empty(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        softmax_block(slots, logits, low, high, ratios, totals)
-        for b in range(high - low):
-            for j in range(len(unit)):
-                value = np.float32(0.0)
-                for t in range(len(slots)):
-                    value += ratios[t * BLOCK + b] * codewords[candidates[low + b, t], j]
-                out[low + b, j] = value
+        rows, first = min(BLOCK, stop - low), np.uint64(low)
+        load_block(slots, logits, low, rows, ratios)
+        softmax_block(slots, ratios, totals)
+        for b in range(np.uint64(rows)):
+            place = (first + b) * d
+            for j in range(d):
+                out[place + j] = np.float32(0.0)
+            for t in range(n):
+                code = np.uint64(candidates[(first + b) * n + t])
+                add_scaled(unit, out, place, ratios[t * _BLOCK + b], codewords, code * d)
 
 
 @njit(**OPTIONS)
 def _backward_range(unit, slots, codewords, candidates, logits, grad, start, stop, grad_codewords, grad_logits):
+    d, n = np.uint64(len(unit)), np.uint64(len(slots))
     ratios = np.zeros(len(slots) * BLOCK, dtype=np.float32)
     products = np.zeros(len(slots) * BLOCK, dtype=np.float32)  # gradient of each ratio, then of each logit
     totals = np.empty(BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        softmax_block(slots, logits, low, high, ratios, totals)
-        for b in range(high - low):
-            for t in range(len(slots)):
-                code = candidates[low + b, t]
-                product = np.float32(0.0)
-                for j in range(len(unit)):
-                    product += grad[low + b, j] * codewords[code, j]
-                products[t * BLOCK + b] = product
-        for b in range(high - low):
-            for t in range(len(slots)):
-                code = candidates[low + b, t]
-                for j in range(len(unit)):
-                    grad_codewords[code, j] += ratios[t * BLOCK + b] * grad[low + b, j]
-        for b in range(BLOCK):
+        rows, first = min(BLOCK, stop - low), np.uint64(low)
+        load_block(slots, logits, low, rows, ratios)
+        softmax_block(slots, ratios, totals)
+        for b in range(np.uint64(rows)):
+            place = (first + b) * d
+            for t in range(n):
+                code = np.uint64(candidates[(first + b) * n + t])
+                products[t * _BLOCK + b] = dot(unit, grad, place, codewords, code * d)
+                add_scaled(unit, grad_codewords, code * d, ratios[t * _BLOCK + b], grad, place)
+        for b in range(_BLOCK):
             mean = np.float32(0.0)
-            for t in range(len(slots)):
-                mean += ratios[t * BLOCK + b] * products[t * BLOCK + b]
-            for t in range(len(slots)):
-                products[t * BLOCK + b] = ratios[t * BLOCK + b] * (products[t * BLOCK + b] - mean)
-        for b in range(high - low):
-            for t in range(len(slots)):
-                grad_logits[low + b, t] = products[t * BLOCK + b]
+            for t in range(n):
+                mean += ratios[t * _BLOCK + b] * products[t * _BLOCK + b]
+            for t in range(n):
+                products[t * _BLOCK + b] = ratios[t * _BLOCK + b] * (products[t * _BLOCK + b] - mean)
+        store_block(slots, products, low, rows, grad_logits)
 
 
 @njit(**OPTIONS)
 def _gather_range(unit, codewords, candidates, start, stop, out):
-    for i in range(start, stop):
-        for j in range(len(unit)):
-            out[i, j] = codewords[candidates[i, 0], j]
+    d = np.uint64(len(unit))
+    for i in range(np.uint64(start), np.uint64(stop)):
+        for j in range(d):
+            out[i * d + j] = codewords[np.uint64(candidates[i]) * d + j]
 
 
 @njit(**OPTIONS)
 def _scatter_range(unit, candidates, grad, start, stop, grad_codewords):
-    for i in range(start, stop):
-        for j in range(len(unit)):
-            grad_codewords[candidates[i, 0], j] += grad[i, j]
+    d = np.uint64(len(unit))
+    for i in range(np.uint64(start), np.uint64(stop)):
+        add_scaled(unit, grad_codewords, np.uint64(candidates[i]) * d, np.float32(1.0), grad, i * d)
 
 
-def _check_candidates(slots: tuple, candidates: np.ndarray, k: int) -> None:
-    if candidates.dtype == np.uint8 and k >= 256:
-        return  # every possible value is a codeword
-    found: list[int] = []
-
-    def work(_, low: int, high: int) -> None:
-        found.append(_first_outside(slots, candidates, low, high, k))
-
-    run_chunks(len(candidates), chunk_size(len(candidates)), work)
-    outside = min((i for i in found if i >= 0), default=None)
-    if outside is not None:
+def check_candidates(candidates: np.ndarray, k: int) -> None:
+    """IndexError, with its row, for a candidate [N, n] outside a codebook of k: compiled loops would read past the end."""
+    if candidates.size and not 0 <= candidates.min() <= candidates.max() < k:
+        outside = int(((candidates < 0) | (candidates >= k)).any(axis=1).argmax())
         row = candidates[outside].tolist()
         raise IndexError(f"candidates {row} of sub-vector {outside} are not all in 0..{k - 1}, the codebook has k={k}")
 
@@ -167,16 +129,18 @@ def forward(codewords: np.ndarray, candidates: np.ndarray, logits: np.ndarray | 
     """Eq. 6 and 7: float32 [k, d], integer [N, n], float32 [N, n] or None (n = 1) -> float32 [N, d]; IndexError."""
     (count, n), (k, d) = candidates.shape, codewords.shape
     unit, slots = (0,) * d, (0,) * n
-    _check_candidates(slots, candidates, k)
+    check_candidates(candidates, k)
     out = np.empty((count, d), dtype=np.float32)
+    table, codes, flat = codewords.reshape(-1), candidates.reshape(-1), out.reshape(-1)
+    z = None if logits is None else logits.reshape(-1)
 
     def work(_, low: int, high: int) -> None:
-        if logits is None:
-            _gather_range(unit, codewords, candidates, low, high, out)
+        if z is None:
+            _gather_range(unit, table, codes, low, high, flat)
         else:
-            _forward_range(unit, slots, codewords, candidates, logits, low, high, out)
+            _forward_range(unit, slots, table, codes, z, low, high, flat)
 
-    run_chunks(count, chunk_size(count), work)
+    run_chunks(count, chunk_size(count, least=CHUNK), work)
     return out
 
 
@@ -186,15 +150,17 @@ def backward(
     """Gradients of the codewords [k, d] and the logits [N, n] (None without logits) from grad [N, d]."""
     (count, n), (k, d) = candidates.shape, codewords.shape
     unit, slots = (0,) * d, (0,) * n
-    size = chunk_size(count, partial_bytes=4 * k * d)
-    partial = np.zeros((-(-count // size), k, d), dtype=np.float32)
+    size = chunk_size(count, partial_bytes=4 * k * d, least=CHUNK)
+    partial = np.zeros((-(-count // size), k * d), dtype=np.float32)
     grad_logits = None if logits is None else np.empty((count, n), dtype=np.float32)
+    table, codes, slopes = codewords.reshape(-1), candidates.reshape(-1), grad.reshape(-1)
+    z, into = (None, None) if logits is None else (logits.reshape(-1), grad_logits.reshape(-1))
 
     def work(i: int, low: int, high: int) -> None:
-        if logits is None:
-            _scatter_range(unit, candidates, grad, low, high, partial[i])
+        if z is None:
+            _scatter_range(unit, codes, slopes, low, high, partial[i])
         else:
-            _backward_range(unit, slots, codewords, candidates, logits, grad, low, high, partial[i], grad_logits)
+            _backward_range(unit, slots, table, codes, z, slopes, low, high, partial[i], into)
 
     run_chunks(count, size, work)
-    return partial.sum(axis=0, dtype=np.float64).astype(np.float32), grad_logits
+    return partial.sum(axis=0, dtype=np.float64).astype(np.float32).reshape(k, d), grad_logits

@@ -104,6 +104,30 @@ def ratio_loss(kind: str, logits: Tensor) -> Tensor:
     return ((ratios * (1.0 - ratios)).sum(dim=1) * open_rows).sum() / open_rows.sum().clamp_min(1)
 
 
+@torch.enable_grad()
+def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -> None:
+    """grad += weight · dL_r/dz, in place, by autograd; both [N, n]."""
+    leaf = logits.detach().requires_grad_()
+    grad += torch.autograd.grad(weight * ratio_loss(kind, leaf), leaf)[0]
+
+
+def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
+    """The step of torch.optim.RMSprop, in place."""
+    squares.mul_(smoothing).addcmul_(grad, grad, value=1.0 - smoothing)
+    values.addcdiv_(grad, squares.sqrt().add_(eps), value=-rate)
+
+
+def largest_ratios(logits: Tensor) -> Tensor:
+    """Largest of softmax(logits) of every sub-vector: [N, n] -> [N]."""
+    return logits.softmax(dim=1).amax(dim=1)
+
+
+def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
+    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]."""
+    assignments = candidates.gather(1, winners.long().unsqueeze(1))[:, 0]  # [N, n] -> [N]
+    return int(torch.bincount(assignments.int(), minlength=k).count_nonzero())
+
+
 def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatistics:
     """Statistics of the ratios softmax(logits [N, n]); with `freeze`, rows above the threshold become one-hot in place."""
     count, n = logits.shape

@@ -27,10 +27,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def chunk_size(count: int, partial_bytes: int = 0) -> int:
+def chunk_size(count: int, partial_bytes: int = 0, least: int = _CHUNK) -> int:
     """Points per chunk for `count` points when each chunk keeps `partial_bytes` of partial sums; a multiple of 256."""
     chunks = _MAX_CHUNKS if partial_bytes == 0 else max(1, min(_MAX_CHUNKS, _PARTIAL_BYTES // partial_bytes))
-    size = max(_CHUNK, -(-count // chunks))
+    size = max(least, -(-count // chunks))
     return -(-size // BLOCK) * BLOCK
 
 
