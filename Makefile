@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DRIVER := $(VENV)/.browser
 TOUR := data/runs/tour
+FIND_CHROMIUM := for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" && break; done >/dev/null
+NO_CHROMIUM := make browser needs Chromium or Chrome: install it (Debian: sudo apt-get install chromium), or name it (CHROMIUM=/path/to/it make browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab notebooks tables bench
+.PHONY: help env demo test browser lab notebooks tables bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +22,13 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
 	@cat $(TOUR)/summary.txt
 
-test: $(STAMP)  ## all tests
+test: $(STAMP)  ## all tests but those in a browser
 	$(BIN)/python -m pytest tests
+
+browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)
+	@$(FIND_CHROMIUM) || { test "$$(id -u)" = 0 && command -v apt-get; } >/dev/null || { echo '$(NO_CHROMIUM)' >&2; exit 1; }
+	@$(FIND_CHROMIUM) || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; }
+	$(BIN)/python -m pytest tests/browser
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
@@ -34,8 +42,10 @@ tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 
 bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry (assignment wants faiss-cpu and scikit-learn)
 	$(BIN)/python benchmarks/bench_assignment.py --threads 2
 	$(BIN)/python benchmarks/bench_codebooks.py --threads 2
+	$(BIN)/python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 	$(BIN)/python benchmarks/bench_calibration.py --batch 2 --iterations 20 --resume --estimate --threads 2
 	$(BIN)/python benchmarks/bench_inference.py speed --threads 2
+	@test ! -e $(DRIVER) || $(BIN)/python benchmarks/bench_browser.py --threads 2
 
 # torch comes first and pinned, so that nothing else decides which build of it is installed.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,4 +54,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test,baselines]'
 	$(BIN)/python vqlib/_startup.py
+	@touch $@
+
+$(DRIVER): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[browser]'
 	@touch $@

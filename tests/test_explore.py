@@ -1,5 +1,6 @@
 """Views change with their settings, cancel what is overtaken, remember what was seen, and do without widgets."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
+from test_styles import page_width, printed_sizes
 
 import vqlib
 from vqlib import explore
@@ -262,6 +264,34 @@ def test_a_finished_run_gives_the_packed_model_and_its_records(pipe, tmp_path):
     assert "step 6 of 6" in explore.run(calibration(pipe, tmp_path / "run"), tmp_path).still().caption
 
 
+def test_a_cell_that_awaits_a_run_leaves_the_loop_free(pipe, tmp_path):
+    async def cells():
+        view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
+        view.still()
+        asyncio.get_running_loop().call_later(0.2, view.stop)  # what a click does meanwhile
+        return view, await view.finished()
+
+    view, packed = asyncio.run(cells())
+    assert view.state == "stopped" and f"stopped: step {len(view.records)} of" in view.shown.caption
+    assert vqlib.size_report(packed).attrs["bits_per_weight"] < 3
+
+
+def test_an_interrupt_of_a_waiting_cell_pauses_the_run(pipe, tmp_path):
+    async def cells():
+        view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
+        waiting = asyncio.create_task(view.finished())
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        state = view.state
+        view.stop()
+        await view.finished()
+        return state
+
+    assert asyncio.run(cells()) == "paused"
+
+
 def test_a_run_that_fails_says_why(pipe, tmp_path, monkeypatch):
     broken = calibration(pipe, tmp_path / "run")
     monkeypatch.setattr(broken.trajectory, "inputs", lambda: 1 / 0)
@@ -285,10 +315,38 @@ def test_ratios_and_comparison_of_run_folders(pipe, tmp_path):
     assert len(captions) == 3 and layer in view.shown.caption
     assert len(view.shown.data) == 6 and "iteration" in view.shown.data
     both = explore.compare(tmp_path / "one" / "calibration", tmp_path / "two" / "calibration", tmp_path)
-    assert "candidates 1 / 2" in both.still().caption
+    assert both.still().caption.endswith("candidates 1 / 2")  # and not the fingerprints that follow from it
     assert both.shown.table["run"].tolist() == ["one", "two"] == list(both.shown.data["run"].unique())
     with pytest.raises(ValueError, match="no ratios"):
         explore.ratios(tmp_path / "one" / "calibration")
+
+
+@pytest.fixture(scope="module")
+def views(pipe, models, tmp_path_factory):
+    """One of each kind, with a figure."""
+    folder = tmp_path_factory.mktemp("views")
+    live = explore.run(calibration(pipe, folder / "two"), folder)
+    packed = live.finish()
+    calibration(pipe, folder / "one", candidates=1).finish()
+    made = [live, explore.ratios(folder / "two", folder), explore.compare(folder / "one", folder / "two", folder)]
+    made += [
+        explore.codebook(pipe.transformer, packed, out=folder),
+        explore.images(pipe, models, 8, steps=2, out=folder),
+    ]
+    for view in made:
+        view.still()
+    return made
+
+
+@pytest.mark.parametrize("venue, columns", [("ICML", 1), ("AAAI", 2)])
+def test_every_view_prints_at_the_exact_width_with_its_fonts_and_readable_text(views, venue, columns):
+    for view in views:
+        pdf = view.export(venue, columns)["pdf"]
+        width = VENUES[venue].column if columns == 1 else VENUES[venue].text
+        assert page_width(pdf) == pytest.approx(width * 72, abs=0.01), view.name
+        assert b"/FontFile2" in pdf.read_bytes() and b"/Type3" not in pdf.read_bytes(), view.name
+        sizes = printed_sizes(pdf)
+        assert sizes and 6 <= min(sizes) <= max(sizes) <= VENUES[venue].font_size, view.name
 
 
 def test_a_run_without_records_is_refused(tmp_path):

@@ -86,7 +86,7 @@ def _grid(
     above = 0.0 if columns is None else _head(columns, small, tilted)
     right = _overhang(columns[-1], small, cell * scale) if tilted else 0.0
     scale = (width - left - 0.01 - right) / canvas.shape[1]
-    above += line + 0.02 if title else 0.02
+    above += line + 0.05 if title else 0.02
     below = 0.3 if bar else 0.02
     height = above + canvas.shape[0] * scale + below
     figure = new_figure(height, constrained=False)
@@ -97,7 +97,7 @@ def _grid(
     if columns is not None:
         _label_columns(axis, columns, cell, gap, small, tilted)
     if title:
-        figure.text(0.5, 1 - 0.02 / height, title, ha="center", va="top", fontsize=size)
+        figure.text(0.5, 1 - 0.05 / height, title, ha="center", va="top", fontsize=size)
     if bar:
         beside = (_inches(bar[1], small) + 0.15) / width  # the bar's label, to its right
         long = min(box[2] * 0.45, box[2] - beside)

@@ -14,8 +14,12 @@ from vqlib.explore.view import Control, Picture, View
 from vqlib.styles import VENUES
 
 LIVE = "vqlib-live"  # the class of a live view's box
-HIDE_STILL = f"<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .{LIVE}) {{ display: none }}</style>"
+CSS = (
+    f"<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .{LIVE}) {{ display: none }} "
+    f".{LIVE} .widget-html-content {{ line-height: 1.4; padding: 4px 0 }}</style>"
+)
 FEW = 4  # up to so many values without an order are buttons, more a list
+READOUT = 14  # characters beside a slider; longer values stand in the line above the picture only
 
 
 def show(view: View) -> None:
@@ -48,7 +52,7 @@ class Panel:
         self.path = widgets.HTML()
         buttons = [self._button(label, action) for label, action in view.actions.items()]
         head = [self._row([*self.inputs.values(), *buttons])] if self.inputs or buttons else []
-        self.box = widgets.VBox([widgets.HTML(HIDE_STILL), *head, self.caption, self.image, *self._export()])
+        self.box = widgets.VBox([widgets.HTML(CSS), *head, self.caption, self.image, *self._export()])
         for part, name in ((self.box, LIVE), (self.box, f"vqlib-{view.name}"), (self.caption, "vqlib-caption")):
             part.add_class(name)
         self.path.add_class("vqlib-path")
@@ -75,7 +79,8 @@ class Panel:
         """A slider, buttons or a list that sets one setting of the view."""
         options = [(self._text(value), value) for value in control.options]
         if control.ordered:
-            kind, extra = self.widgets.SelectionSlider, {"layout": {"width": "20em"}}
+            short = max(len(text) for text, _ in options) <= READOUT
+            kind, extra = self.widgets.SelectionSlider, {"layout": {"width": "20em"}, "readout": short}
         elif len(options) <= FEW:
             kind, extra = self.widgets.ToggleButtons, {"style": {"button_width": "auto"}, "layout": {"width": "auto"}}
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from functools import partial
@@ -25,7 +26,8 @@ ETA_STEPS = 20  # steps whose mean time the estimate is made of
 def run(calibration: Calibration, out: str | Path = "figures") -> RunView:
     """Start a calibration in the background and show it; `finish()` waits and returns the packed transformer.
 
-    A stopped run keeps its last step in its folder: `vqlib.calibrate` with the same settings and folder goes on.
+    `await view.finished()` does the same and leaves the buttons alive while its cell waits. A stopped run keeps its
+    last step in its folder: `vqlib.calibrate` with the same settings and folder goes on.
     """
     return RunView(calibration, out)
 
@@ -53,7 +55,8 @@ class RunView(View):
         if self.state == "running":
             self.state = "paused"
             self._go.clear()
-            self.request()
+            if self.records:
+                self.request()
 
     def resume(self) -> None:
         """Go on after a pause."""
@@ -81,6 +84,20 @@ class RunView(View):
         self.wait()
         return harden(self.calibration.student)
 
+    async def finished(self) -> nn.Module:
+        """As `finish()`, in a cell as `await view.finished()`: buttons and sliders work while it waits.
+
+        An interrupt pauses the run. ipykernel 7.4 delivers clicks to a cell that awaits; older ones may hold them back
+        until it has ended.
+        """
+        try:
+            while self._thread.is_alive():
+                await asyncio.sleep(0.05)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.pause()
+            raise
+        return self.finish()
+
     def still(self) -> Picture:
         """The run as it is now; before its first step, wait for that."""
         self._first.wait()
@@ -97,7 +114,7 @@ class RunView(View):
         return Picture(partial(_draw, frame, self.calibration.config.iterations), self._caption(frame), frame)
 
     def _caption(self, frame: pd.DataFrame) -> str:
-        done, total = self.calibration.iteration, self.calibration.config.iterations
+        done, total = int(frame["iteration"].iloc[-1]), self.calibration.config.iterations
         parts = [f"{self.state}: step {done} of {total}", f"block loss {frame['loss'].iloc[-1]:.4g}"]
         if "frozen" in frame:
             parts.append(f"frozen {frame['frozen'].iloc[-1]:.1%}")
