@@ -84,7 +84,7 @@ def _grid(
     scale = (width - left - 0.01) / canvas.shape[1]  # inches a pixel
     tilted = columns is not None and max(_inches(name, small) for name in columns) > (cell + gap) * scale
     above = 0.0 if columns is None else _head(columns, small, tilted)
-    right = _overhang(columns[-1], small, cell * scale) if tilted else 0.0
+    right = _overhang(columns[-1], small, cell * scale, tilted) if columns is not None else 0.0
     scale = (width - left - 0.01 - right) / canvas.shape[1]
     above += line + 0.05 if title else 0.02
     below = 0.3 if bar else 0.02
@@ -153,8 +153,10 @@ def _head(columns: Sequence[str], size: float, tilted: bool) -> float:
     return max(_inches(name, size) for name in columns) * math.sin(angle) + line * math.cos(angle) + 0.03
 
 
-def _overhang(label: str, size: float, cell: float) -> float:
-    """How far a tilted label that starts at the middle of the last image reaches past that image."""
+def _overhang(label: str, size: float, cell: float, tilted: bool) -> float:
+    """How far the last image's label reaches past it: centered on the image, or tilted from its middle."""
+    if not tilted:
+        return max(0.0, (_inches(label, size) - cell) / 2) + 0.02
     angle, line = math.radians(TILT), size * 1.3 / 72
     return max(0.0, _inches(label, size) * math.cos(angle) + line * math.sin(angle) - cell / 2)
 
