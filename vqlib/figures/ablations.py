@@ -58,4 +58,6 @@ def _panel(axis, name: str, group: pd.DataFrame, quality: str, references: Mappi
     axis.set_xlim(-0.6, len(settings) - 0.4)
     axis.set_title(name)
     axis.grid(False, axis="x")
-    axis.tick_params(axis="x", rotation=30 if max(len(str(s)) for s in settings) * len(settings) > 24 else 0)
+    if max(len(str(s)) for s in settings) * len(settings) > 24:
+        for label in axis.get_xticklabels():
+            label.set(rotation=35, ha="right", rotation_mode="anchor")
