@@ -28,9 +28,9 @@ from torch import nn
 
 from vqlib import models, tables
 from vqlib.diffusers_backend import packed_layers
+from vqlib.diffusion import NoiseSchedule, guide
 from vqlib.geometry import Geometry
 from vqlib.inference import cached_modulation, set_mode
-from vqlib.sampling import guide
 from vqlib.timing import compare, products
 
 XL = Geometry()
@@ -111,7 +111,7 @@ def peak_of_a_step(kind: str, folder: Path, blocks: int) -> None:
     held = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of the step alone
     given = inputs(2, 32, 1000)
-    posterior = vqlib.diffusion.NoiseSchedule.linear().respace(50).posterior()
+    posterior = NoiseSchedule.linear().respace(50).posterior()
     with torch.inference_mode():
         output = guide(model(**given).sample, 4.0, 3)
         posterior.predict(output, given["hidden_states"][:1], torch.tensor([25]))

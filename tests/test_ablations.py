@@ -1,11 +1,10 @@
 """Rows are made once, shared between groups, and kept apart by everything they depend on."""
 
-import pandas as pd
 import pytest
 import tiny
 
 from vqlib import ablations
-from vqlib.ablations import SCOPES, Ablation, Setting, standard_settings, summary
+from vqlib.ablations import SCOPES, Ablation, Setting, standard_settings
 from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 
 GEOMETRY = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)

@@ -164,10 +164,45 @@ def test_a_folder_of_other_settings_is_refused_with_the_first_difference(tmp_pat
 def test_a_folder_in_use_is_refused(tmp_path):
     pipe, student = prepared()
     run = calibrate(pipe, student, SETTINGS, out=tmp_path)
-    with pytest.raises(RuntimeError, match="in use by another process"):
+    with pytest.raises(RuntimeError, match="in use by another process, or a run of this one that was not closed"):
         calibrate(pipe, student, SETTINGS, out=tmp_path)
     run.close()
     calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+
+
+def test_a_damaged_checkpoint_does_not_keep_the_folder(tmp_path):
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    (tmp_path / "state.safetensors").write_bytes(b"nonsense")
+    for _ in range(2):  # the second one meets the same error, not a lock
+        with pytest.raises(RuntimeError, match="is damaged") as caught:
+            calibrate(pipe, student, SETTINGS, out=tmp_path)
+    del caught
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next_run(tmp_path):
+    pipe, student = prepared()
+    (tmp_path / ".state.safetensors.abc123").write_bytes(b"half a checkpoint")
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    assert not list(tmp_path.glob(".state.safetensors.*"))
+
+
+@pytest.mark.parametrize("inputs", ["full", "end-to-end"])
+def test_a_shared_codebook_waits_until_all_of_its_layers_are_settled(inputs):
+    pipe = tiny.pipeline()
+    student = quantize(pipe.transformer, VQConfig(k=8, d=4, candidates=3, codebook_scope="model", kmeans_iterations=3))
+    run = calibrate(pipe, student, SETTINGS.replace(train_codebooks="frozen", block_inputs=inputs, iterations=3))
+    layers = list(run.layers.values())
+    for layer in layers[:-1]:  # all but the last are decided
+        layer.logits.data[:, 0] = 100.0
+    start, scale = layers[0].codebook.detach().clone(), layers[0].scale.detach().clone()
+    next(run), next(run)
+    assert torch.equal(layers[0].codebook, start) and torch.equal(layers[0].scale, scale)
+    layers[-1].logits.data[:, 0] = 100.0
+    next(run)  # settles
+    run.config = run.config.replace(iterations=4)
+    next(run)
+    assert not torch.equal(layers[0].codebook, start) and not torch.equal(layers[0].scale, scale)
 
 
 def test_an_interrupt_is_raised_after_the_step_and_the_run_goes_on():

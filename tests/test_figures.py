@@ -164,3 +164,13 @@ def test_figures_are_as_wide_as_the_style_and_titles_stand_clear_of_legends(venu
             figure.legends[0].get_texts()[0].get_window_extent(),
         )
         assert title.y0 >= entry.y1 - 1 and title.y1 <= figure.bbox.y1 + 1
+
+
+@pytest.mark.parametrize("venue", ["AAAI", "notebook"])
+def test_a_legend_of_long_names_stays_inside_the_figure(venue):
+    rows = pd.DataFrame([(f"a method with a long name, {i}", 1.0 + i, 2.0 - 0.1 * i) for i in range(9)], columns=["method", "size_mib", "fd"])
+    with style(venue):
+        figure = figures.pareto(rows, "Title")
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1

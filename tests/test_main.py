@@ -60,9 +60,19 @@ def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
     assert (images, place, sampling.steps, reference) == (3, folder / "metrics", 2, "fashion-mnist-test")
     table = shell.pd.DataFrame({"FD": [1.5]})
     monkeypatch.setattr(shell, "make_table", lambda config, *a, **o: seen.append(config) or table)
-    run("table", folder)
-    assert seen[1].methods == (("k-means", (0.75,)), ("VQ4DiT", (0.75,))) and seen[1].iterations == 2
+    shell.main(["table", "--preset", "dit-mini-fashion-w3", "--set", "calibration.iterations=2", "--out", str(folder)])
+    assert seen[1].methods == (("k-means", (3,)), ("VQ4DiT", (3,))) and seen[1].iterations == 2
     assert (folder / "table" / "table.tex").exists() and "| 1.5 |" in capsys.readouterr().out
+
+
+def test_a_table_refuses_settings_that_would_not_reach_it(folder, capsys):
+    with pytest.raises(SystemExit, match="vqlib table: --set vq.k: a table takes images, reference, vq.bits"):
+        run("table", folder)
+
+
+def test_a_model_that_cannot_be_had_ends_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^vqlib calibrate: .*nowhere"):
+        shell.main(["calibrate", "--preset", "dit-mini-fashion-w2", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
 
 
 class Row:

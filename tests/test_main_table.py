@@ -6,8 +6,9 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from vqlib import main_table
-from vqlib.main_table import METHODS, TABLES, Bench, Row, TableConfig, make_table, read_table
+from vqlib import bench, main_table
+from vqlib.config import RECIPE_VQ
+from vqlib.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
 
 SMALL = TableConfig(
     images=130, steps=1, iterations=2, hessian_batches=1, bootstrap=3, longer=((2, 129),), longer_methods=(),
@@ -25,6 +26,8 @@ def test_rows_start_with_full_precision_then_most_bits_first_and_longer_sampling
     assert str(Row("k-means", 2, 50, 5000)) == "k-means, 2 bits, 50 steps, 5000 images"
     with pytest.raises(ValueError, match="method 'AWQ' is not one of full precision, RTN"):
         Bench(TableConfig(methods=(("AWQ", (2,)),)), "nowhere", tiny.pipeline())
+    with pytest.raises(ValueError, match=r"RTN at 5 bits: a group's size is known for \[2, 3, 4\] bits"):
+        Bench(TableConfig(methods=(("RTN", (5,)),)), "nowhere", tiny.pipeline())
     assert config.replace(methods=[["GPTQ", [4]]]).methods == (("GPTQ", (4,)),)
 
 
@@ -59,6 +62,10 @@ def test_every_row_is_made_once(tmp_path, monkeypatch):
     assert len(read_table(more)) == 4  # rows belong to no particular table
     changed = Bench(SMALL.replace(iterations=3), tmp_path, pipe)
     assert read_table(changed)["method"].tolist() == ["full precision", "k-means", "full precision"]  # what calibration does not touch
+    monkeypatch.setitem(RECIPE_VQ, "best", RECIPE_VQ["best"].replace(candidates=3))
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "GPTQ", "k-means", "full precision"]
+    monkeypatch.setitem(bench.GROUP_SIZES, 2, 64)
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "k-means", "full precision"]
 
 
 def test_the_other_methods_are_built_at_the_same_bits(tmp_path):

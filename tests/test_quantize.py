@@ -5,7 +5,7 @@ import torch
 from vqlib import codebook, models
 from vqlib.config import VQConfig
 from vqlib.layers import CandidateLinear, VQLinear
-from vqlib.quantize import harden, quantize, reconstruction_error
+from vqlib.quantize import _scale, harden, quantize, reconstruction_error
 
 CONFIG = VQConfig(k=16, d=4, candidates=3)
 
@@ -46,6 +46,16 @@ def test_codebook_scope_decides_how_many_codebooks_there_are(scope, codebooks):
     hard = [m for m in packed.modules() if isinstance(m, VQLinear)]
     assert len({m.codebook.data_ptr() for m in hard}) == codebooks
     assert all((m.scale is not None) == (scope != "layer") for m in soft)
+
+
+def test_scales_do_not_depend_on_the_number_of_threads():
+    layers = [torch.nn.Linear(768, 192) for _ in range(20)]
+    before, scales = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        scales.append([_scale(layer).item() for layer in layers])
+    torch.set_num_threads(before)
+    assert scales[0] == scales[1]
 
 
 def test_a_width_that_does_not_fit_names_the_layer():

@@ -14,10 +14,10 @@ import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
 from vqlib.config import SamplingConfig
-from vqlib.diffusion import NoiseSchedule
+from vqlib.diffusion import NoiseSchedule, guide
 from vqlib.memory import keep_freed_memory, peak_memory
 from vqlib.models import Pipeline
-from vqlib.sampling import SamplingCancelled, guide, sample, sample_batches, to_uint8
+from vqlib.sampling import SamplingCancelled, sample, sample_batches, to_uint8
 
 LABELS, SEEDS = [3, 1, 4, 1, 5, 9, 2], [10, 11, 12, 13, 14, 15, 16]
 

@@ -45,8 +45,20 @@ def test_staggered_order_spreads_one_batch_over_all_timesteps():
     assert trajectory.step.tolist() == [7, 5, 3, 1]
 
 
+def test_a_move_is_guided_on_three_channels_and_draws_its_own_noise():
+    pipe, scale = tiny.pipeline(), 2.5
+    trajectory = Trajectory(pipe, CONFIG.replace(guidance_scale=scale))
+    x, step = trajectory.x.clone(), trajectory.step.clone()
+    output = torch.randn(8, 8, 8, 8, generator=torch.Generator().manual_seed(5))
+    trajectory.advance(output)
+    expected = output[:4].clone()  # v and the fourth channel of ε stay conditional
+    expected[:, :3] = output[4:, :3] + scale * (output[:4, :3] - output[4:, :3])
+    mean, log_variance = trajectory.posterior.predict(expected, x, step)
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(CONFIG.seed * 1_000_003 + 1))
+    torch.testing.assert_close(trajectory.x, mean + (0.5 * log_variance).exp() * noise)
+
+
 def test_a_trajectory_ends_in_latents_of_the_samplers_distribution():
-    """With the same noise-free last step and guidance as the sampler, means and spread of the end points agree."""
     pipe = tiny.pipeline()
     trajectory = Trajectory(pipe, CONFIG.replace(batch_size=64))
     walk(trajectory, pipe, 7)

@@ -35,6 +35,10 @@ from vqlib.runs import read_records
 from vqlib.sampling import sample
 from vqlib.tables import markdown, save_table
 
+TABLE_SETTINGS = (
+    *("images", "reference", "vq.bits", "calibration.iterations"),
+    *("sampling.steps", "sampling.guidance_scale", "sampling.batch_size"),
+)
 REPORT_EVERY = 10.0  # seconds between two looks at a calibration's records
 
 
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         COMMANDS[options.command](_job(options), options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"vqlib {options.command}: {error}")
 
 
@@ -92,6 +96,9 @@ def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:
     """Full precision, k-means and the calibrated model, as CSV and LaTeX."""
+    for name in (text.partition("=")[0] for text in options.set):
+        if name not in TABLE_SETTINGS:
+            raise ValueError(f"--set {name}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     config = TableConfig(
         model=options.model or job.model,
         reference=_reference(job),
@@ -140,7 +147,7 @@ def _job(options: argparse.Namespace) -> Preset:
     options.out = options.out or models.DATA / "runs" / options.preset
     settings = dict(_setting(text) for text in options.set)
     if options.recipe != "paper":
-        vq, start = RECIPE_VQ.get(options.recipe, RECIPE_VQ["paper"]), preset(options.preset).calibration
+        vq, start = RECIPE_VQ[options.recipe], preset(options.preset).calibration
         changed = recipe(options.recipe, checkpoint_every=start.checkpoint_every)
         own = {f"calibration.{name}": value for name, value in changed.to_dict().items()}
         settings = own | {"vq.candidates": vq.candidates, "vq.ratio_start": vq.ratio_start} | settings

@@ -22,7 +22,6 @@ from vqlib.models import Pipeline
 from vqlib.references import load_reference
 from vqlib.runs import read_records
 
-
 SCOPES = {"layer": "a codebook per layer", "model": "one codebook for all layers"}
 
 

@@ -42,6 +42,9 @@ class Bench:
     def __init__(self, config: TableConfig, folder: str | Path, pipe: Pipeline | None = None) -> None:
         for name in {row.method for row in config.rows()} - METHODS.keys():
             raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        for row in config.rows():
+            if row.method in ("RTN", "GPTQ") and row.bits not in GROUP_SIZES:
+                raise ValueError(f"{row.method} at {row.bits} bits: a group's size is known for {list(GROUP_SIZES)} bits")
         self.config, self.folder = config, Path(folder)
         self.pipe = pipe or models.load(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
         source = {"transformer": fingerprint(self.pipe.transformer), "vae": fingerprint(self.pipe.vae)}
@@ -88,10 +91,23 @@ class Bench:
         about = dataclasses.asdict(row) | self._shared
         own = ("guidance_scale", "bootstrap", "seed", "batch_size")
         about |= {name: getattr(self.config, name) for name in own}
-        if row.method not in (FULL_PRECISION, "RTN", "k-means"):
-            settings = self._recipe("paper") if row.method == PAPER else self.settings
-            about |= {"settings": settings.to_dict(), "hessian_batches": self.config.hessian_batches}
-        return self.folder / "rows" / f"{content_key(about)}.json"
+        return self.folder / "rows" / f"{content_key(about | self._depends_on(row))}.json"
+
+    def _depends_on(self, row: Row) -> dict:
+        """What makes the row's transformer, besides the model: codes or groups, calibration, second moments."""
+        if row.method in (FULL_PRECISION, "RTN, per channel"):
+            return {}
+        if row.method in ("RTN", "GPTQ"):
+            found = {"group_size": GROUP_SIZES[row.bits]}
+        else:
+            recipes = {"VQ4DiT": self.config.recipe, PAPER: "paper"}
+            single = row.method not in recipes
+            found = {"vq": (_single(row.bits) if single else recipe_vq(recipes[row.method], row.bits)).to_dict()}
+        if row.method not in ("RTN", "k-means"):
+            found["settings"] = self._recipe("paper" if row.method == PAPER else self.config.recipe).to_dict()
+        if row.method.startswith("GPT"):
+            found["hessian_batches"] = self.config.hessian_batches
+        return found
 
     def finished(self, row: Row) -> dict | None:
         """The stored row, None while it is missing."""

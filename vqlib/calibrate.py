@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from vqlib.memory import keep_freed_memory, peak_memory
 from vqlib.optimizers import BlockOptimizers, with_prefix
 from vqlib.quantize import harden
 from vqlib.runs import Record, RunFolder
-from vqlib.trajectory import Inputs, Trajectory
+from vqlib.trajectory import Inputs, Trajectory, teacher_output
 
 SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
 
@@ -51,7 +52,7 @@ class Calibration(Iterator[Record]):
         if not any(isinstance(m, CandidateLinear) for m in model.modules()):
             raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
         keep_freed_memory()
-        self.teacher, self.student, self.config = pipe.transformer, model, config
+        self.pipe, self.student, self.config = pipe, model, config
         self.layers = _soft_layers(model)
         self.blocks = models.block_list(model)
         names = {layer: name for name, layer in self.layers.items()}
@@ -61,9 +62,13 @@ class Calibration(Iterator[Record]):
         self.trajectory = Trajectory(pipe, config)
         self.iteration, self.ratio_minimum = 0, math.inf
         self.settled = {name: layer.logits is None for name, layer in self.layers.items()}
-        self.folder = RunFolder(out, self._settings(pipe)) if out is not None else None
-        if not self._resume():
-            self.trajectory.stagger(self._teacher_output)
+        self.folder = RunFolder(out, self._settings()) if out is not None else None
+        try:
+            if not self._resume():
+                self.trajectory.stagger(partial(teacher_output, pipe))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def remaining(self) -> int:
@@ -117,7 +122,7 @@ class Calibration(Iterator[Record]):
         self.iteration += 1
         layers = {name: self._settle(name, layer) for name, layer in self.layers.items()}
         ratio_loss = sum(layer.pop("ratio_loss") for layer in layers.values())
-        return Record(self.iteration, losses, ratio_loss, layers, time.perf_counter() - started, peak_memory())
+        return Record(self.iteration, losses, ratio_loss, layers, time.perf_counter() - started, peak_memory(self.trajectory.device))
 
     def _streaming(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
         """One teacher forward; every block's student follows inside it. Returns the teacher's output and L_d per block."""
@@ -139,9 +144,9 @@ class Calibration(Iterator[Record]):
             return hook
 
         with ExitStack() as hooks:
-            for index, block in enumerate(models.block_list(self.teacher)):
-                hooks.enter_context(_hooked(block, follow(index)))
-            output = self._teacher_output(inputs)
+            for index, block in enumerate(models.block_list(self.pipe.transformer)):
+                hooks.callback(block.register_forward_hook(follow(index), with_kwargs=True).remove)
+            output = teacher_output(self.pipe, inputs)
         self.optimizers.step_shared()
         return output, losses
 
@@ -149,11 +154,11 @@ class Calibration(Iterator[Record]):
         """The student on its own activations, one graph through all blocks, as the release; needs memory for all of it."""
         targets, own = [], []
         with ExitStack() as hooks:
-            for block in models.block_list(self.teacher):
-                hooks.enter_context(_hooked(block, lambda b, a, k, out: targets.append(out)))
+            for block in models.block_list(self.pipe.transformer):
+                hooks.callback(block.register_forward_hook(lambda b, a, out: targets.append(out)).remove)
             for block in self.blocks:
-                hooks.enter_context(_hooked(block, lambda b, a, k, out: own.append(out)))
-            output = self._teacher_output(inputs)
+                hooks.callback(block.register_forward_hook(lambda b, a, out: own.append(out)).remove)
+            output = teacher_output(self.pipe, inputs)
             student_output = models.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
         losses = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
         loss = block_loss(student_output, output) if self.config.loss_at == "output" else sum(losses) / len(losses)
@@ -170,9 +175,12 @@ class Calibration(Iterator[Record]):
             for z in (layer.logits for layer in self.parts[part].values() if layer.logits is not None):
                 kernels.add_ratio_gradient(self.config.ratio_loss, z, z.grad, self.config.lambda_r)
         if self.config.train_codebooks == "frozen":
-            for name, layer in self.parts[part].items():
-                if not self.settled[name]:
+            waiting = {id(layer.codebook) for name, layer in self.layers.items() if not self.settled[name]}
+            for layer in self.parts[part].values():
+                if id(layer.codebook) in waiting:  # a shared codebook waits for the last of its layers
                     layer.codebook.grad = None
+                    if layer.scale is not None:
+                        layer.scale.grad = None
 
     def _push_ratios(self) -> bool:
         """Whether L_r takes part in this step."""
@@ -211,10 +219,6 @@ class Calibration(Iterator[Record]):
         largest = kernels.largest_ratios(logits)
         return largest.kthvalue(max(1, round(len(largest) * (1.0 - share)))).values.item()
 
-    def _teacher_output(self, inputs: Inputs) -> Tensor:
-        with torch.no_grad():
-            return models.forward(self.teacher, inputs.x, inputs.timestep, inputs.labels)
-
     def _prepare_parameters(self) -> None:
         """Only logits, codebooks, layer scales and biases of the quantized layers are trained."""
         self.student.eval().requires_grad_(False)
@@ -229,12 +233,12 @@ class Calibration(Iterator[Record]):
         if not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
 
-    def _settings(self, pipe: models.Pipeline) -> dict:
+    def _settings(self) -> dict:
         name, layer = next(iter(self.layers.items()))
-        geometry = {"model": pipe.name, "layers": len(self.layers), "first_layer": name}
+        geometry = {"layers": len(self.layers), "first_layer": name}
         geometry |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         geometry |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
-        geometry |= {"sha256": fingerprint(self.student), "teacher_sha256": fingerprint(self.teacher)}
+        geometry |= {"sha256": fingerprint(self.student), "teacher_sha256": fingerprint(self.pipe.transformer)}
         return {"calibration": self.config.to_dict(), "student": geometry}
 
     def _state(self) -> dict[str, Tensor]:
@@ -260,15 +264,6 @@ class Calibration(Iterator[Record]):
 
 def _soft_layers(module: nn.Module) -> dict[str, CandidateLinear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, CandidateLinear)}
-
-
-@contextmanager
-def _hooked(block: nn.Module, hook) -> Iterator[None]:
-    handle = block.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

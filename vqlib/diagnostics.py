@@ -19,7 +19,7 @@ from vqlib.layers import CandidateLinear, VQLinear
 from vqlib.losses import block_loss
 from vqlib.memory import keep_freed_memory
 from vqlib.subvectors import split
-from vqlib.trajectory import Inputs, Trajectory
+from vqlib.trajectory import Trajectory, teacher_output
 
 
 def subvector_gradients(
@@ -128,7 +128,7 @@ def _walk(pipe: models.Pipeline, model: nn.Module, config: CalibrationConfig | N
         raise ValueError(f"batches={batches} must be at least 1")
     keep_freed_memory()
     trajectory = Trajectory(pipe, config or CalibrationConfig())
-    trajectory.stagger(lambda inputs: _teacher_output(pipe, inputs))
+    trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
     pairs = list(zip(models.block_list(pipe.transformer), models.block_list(model), strict=True))
     with ExitStack() as hooks:
         for index, (teacher, student) in enumerate(pairs):
@@ -138,12 +138,7 @@ def _walk(pipe: models.Pipeline, model: nn.Module, config: CalibrationConfig | N
 
             hooks.callback(teacher.register_forward_hook(follow, with_kwargs=True).remove)
         for _ in range(batches):
-            trajectory.advance(_teacher_output(pipe, trajectory.inputs()))
-
-
-def _teacher_output(pipe: models.Pipeline, inputs: Inputs) -> Tensor:
-    with torch.no_grad():
-        return models.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+            trajectory.advance(teacher_output(pipe, trajectory.inputs()))
 
 
 def _weight_gradients(

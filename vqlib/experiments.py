@@ -116,7 +116,7 @@ def packed_model(
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".building"):
         if target.exists():
-            return _loaded(target, about)
+            return _loaded(target, about).to(pipe.device)
         student = start() if start else quantize(pipe.transformer, vq, seed)
         if settings is None:
             packed = harden(student)
@@ -140,7 +140,7 @@ def _loaded(target: Path, about: dict) -> nn.Module:
     packed = load_transformer(target)
     found = packed.hf_quantizer.quantization_config.provenance
     for key, wanted in json.loads(json.dumps(about)).items():
-        if found.get(key) != wanted:
+        if key != "source" and found.get(key) != wanted:  # the same weights may go by another name or path
             made = found.get(key)
             raise RuntimeError(f"{target} was made with {key}={made}, now {key}={wanted}; give another folder")
     return packed

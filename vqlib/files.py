@@ -24,10 +24,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are private
+        temporary.chmod(0o666 & ~umask())  # mkstemp's files are private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_remains(path: str | Path) -> None:
+    """Remove what a kill inside `replacing` left beside `path`; only for its one writer, who holds a lock."""
+    path = Path(path)
+    for remains in path.parent.glob(f".{path.name}.*"):
+        remains.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The permission bits that this process takes from new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:

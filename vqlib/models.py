@@ -1,4 +1,4 @@
-"""The only file that knows DiT: load a pipeline, list its blocks and their linears, swap a layer.
+"""The DiT as all stages see it: load a pipeline, list its blocks and their linears, swap a layer.
 
 A pipeline is read from the bundled model, from a folder in diffusers' layout, from a Hugging Face hub id, or from an
 original DiT's `.pt` file.

@@ -1,8 +1,10 @@
-"""A calibration run on disk: settings, records as they happen, checkpoints, and a lock. Every write is atomic.
+"""A calibration run on disk: settings, records as they happen, checkpoints, and a lock.
 
     <run>/run.json            settings and where they came from
     <run>/records.jsonl       one JSON object per step
     <run>/state.safetensors   the last checkpoint
+
+Files are replaced as a whole; records are appended, and a line that a kill has torn is dropped on the next start.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqlib.files import write_bytes, write_tensors
+from vqlib.files import remove_remains, write_bytes, write_tensors
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Record:
 
     iteration: int  # 1 after the first step
     block_losses: list[float]  # L_d of every block
-    ratio_loss: float  # L_r summed over layers, 0.0 where there is nothing to choose
+    ratio_loss: float  # Σ over layers of L_r, a mean over all sub-vectors, frozen ones too; 0.0 with nothing to choose
     layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
     seconds: float  # of this step
     memory: int  # peak bytes so far
@@ -43,7 +45,7 @@ class Record:
 
 
 class RunFolder:
-    """One process's hold on `<run>`. Raises RuntimeError where another process holds it or the settings differ."""
+    """One holder's grip on `<run>`. Raises RuntimeError where somebody else has it or the settings differ."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.path = Path(folder)
@@ -52,8 +54,11 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise RuntimeError(f"{self.path} is in use by another process; give `out` another folder") from None
+            holder = "another process, or a run of this one that was not closed"
+            raise RuntimeError(f"{self.path} is in use by {holder}; close it, or give `out` another folder") from None
         self._records = None
+        for name in ("run.json", "records.jsonl", "state.safetensors"):
+            remove_remains(self.path / name)
         self._check_settings(settings)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqlib.config import SamplingConfig
-from vqlib.diffusion import NoiseSchedule, Posterior
+from vqlib.diffusion import NoiseSchedule, Posterior, guide
 from vqlib.memory import keep_freed_memory
 from vqlib.models import Pipeline
 
@@ -74,16 +74,6 @@ def sample_batches(
     _check(pipe, labels, seeds, config)
     sampler = _Sampler(pipe, config)
     return _batches(sampler, labels, seeds, progress, preview)
-
-
-def guide(output: Tensor, guidance_scale: float, channels: int) -> Tensor:
-    """Classifier-free guidance of an output [2B, 2C, h, w] (conditional half first) -> [B, 2C, h, w].
-
-    ε = ε_null + s (ε_class − ε_null) in the first `channels`; all else, the variance too, is the conditional half's.
-    """
-    conditional, null = output.chunk(2)  # [2B, 2C, h, w] -> 2 × [B, 2C, h, w]
-    guided = null[:, :channels] + guidance_scale * (conditional[:, :channels] - null[:, :channels])
-    return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -42,12 +42,14 @@ VENUES = {  # from each author kit's \textwidth and \columnsep
     "notebook": Venue(column=7.5, text=10.0, font_size=10, fonts=SANS),
 }
 
-# Okabe and Ito's color-blind-safe set, with a wine red and a brown of Paul Tol's. Markers tell methods apart in gray print.
+# Okabe and Ito's color-blind-safe set, with a wine red, a brown and an indigo of Paul Tol's; markers tell methods apart
+# in gray print.
 METHOD_COLORS = {
     "full precision": "#333333",
     "k-means": "#E69F00",
     "codebook only": "#56B4E9",
     "VQ4DiT": "#0072B2",
+    "VQ4DiT, paper's recipe": "#332288",
     "release": "#009E73",
     "best": "#882255",
     "RTN": "#999999",
@@ -55,7 +57,7 @@ METHOD_COLORS = {
     "GPTVQ-like": "#D55E00",
     "GPTVQ-like, calibrated": "#661100",
 }
-METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "^", "P", "X", "D", "<", ">"), strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">"), strict=True))
 ALIASES = {
     "round-to-nearest": "RTN",
     "original": "full precision",
@@ -126,7 +128,7 @@ def _settings(venue: Venue, width: float) -> dict[str, Any]:
         "legend.fontsize": small,
         "legend.title_fontsize": small,
         "legend.frameon": False,
-        "legend.handlelength": 1.4,
+        "legend.handlelength": 1.8,  # a dashed line shows two dashes
         "legend.columnspacing": 1.2,
         "figure.facecolor": "white",  # readable under a dark notebook theme, too
         "axes.facecolor": "white",

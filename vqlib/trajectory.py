@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqlib import models
 from vqlib.config import CalibrationConfig
-from vqlib.diffusion import NoiseSchedule
+from vqlib.diffusion import NoiseSchedule, guide
 from vqlib.models import Pipeline
+
+GUIDED_CHANNELS = 3  # of the latents, as DiT samples
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Inputs:
     x: Tensor
     timestep: Tensor
     labels: Tensor
+
+
+@torch.no_grad()
+def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
+    """The full-precision model's output [R, 2C, h, w] for a batch, without a graph."""
+    return models.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
 
 
 class Trajectory:
@@ -70,7 +79,9 @@ class Trajectory:
             self.x, self.labels = fresh, new_labels
             self.step = torch.randint(self.config.steps, self.step.shape, generator=generator)
             return
-        mean, log_variance = self.posterior.predict(self._guide(output), self.x, self.step)
+        if self.guided:
+            output = guide(output, self.config.guidance_scale, min(GUIDED_CHANNELS, self.shape[0]))
+        mean, log_variance = self.posterior.predict(output, self.x, self.step)
         done = self.step == 0
         arrived = done.view(-1, 1, 1, 1).to(self.device)
         moved = mean + (0.5 * log_variance).exp() * noise
@@ -105,17 +116,6 @@ class Trajectory:
         """Put back what `state` gave."""
         self.x = state["x"].to(self.device)
         self.step, self.labels, self.moves = state["step"], state["labels"], int(state["moves"])
-
-    def _guide(self, output: Tensor) -> Tensor:
-        """Classifier-free guidance of ε on the first three latent channels, as DiT samples; v stays conditional."""
-        if not self.guided:
-            return output
-        conditional, unconditional = output.chunk(2)
-        guided = conditional.clone()
-        first = min(3, self.shape[0])
-        difference = conditional[:, :first] - unconditional[:, :first]
-        guided[:, :first] = unconditional[:, :first] + self.config.guidance_scale * difference
-        return guided
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.moves)

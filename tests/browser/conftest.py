@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from tests.browser import lab as jupyter
 
 NOTEBOOKS = sorted((jupyter.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from tests.browser.conftest import NOTEBOOKS, write_small
 from tests.browser.lab import THEMES, Explorer
 

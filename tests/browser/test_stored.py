@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+
 from tests.browser.conftest import NOTEBOOKS
 from tests.browser.lab import THEMES, WIDTH
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqlib import models
 from vqlib.config import CalibrationConfig
 from vqlib.models import Pipeline
-from vqlib.trajectory import Inputs, Trajectory
+from vqlib.trajectory import Trajectory, teacher_output
 
 
 def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = 64) -> dict[str, Tensor]:
@@ -35,23 +34,10 @@ def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batc
         return hook
 
     trajectory = Trajectory(pipe, config or CalibrationConfig())
-    trajectory.stagger(lambda inputs: _forward(pipe.transformer, inputs))
+    trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.enter_context(_removed(layer.register_forward_pre_hook(gather(name))))
+            hooks.callback(layer.register_forward_pre_hook(gather(name)).remove)
         for _ in range(batches):
-            trajectory.advance(_forward(pipe.transformer, trajectory.inputs()))
+            trajectory.advance(teacher_output(pipe, trajectory.inputs()))
     return {name: total / counts[name] for name, total in sums.items()}
-
-
-@torch.no_grad()
-def _forward(transformer: nn.Module, inputs: Inputs) -> Tensor:
-    return models.forward(transformer, inputs.x, inputs.timestep, inputs.labels)
-
-
-@contextmanager
-def _removed(handle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

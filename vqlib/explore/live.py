@@ -139,11 +139,11 @@ class RunView(View):
                 self.state = "finished"
             else:
                 self.calibration.checkpoint()
-            self.calibration.close()
         except Exception as error:
             self.state = "failed"
             self._fail(error, Task(self, self._newest))
         finally:
+            self.calibration.close()
             self._first.set()
         if self.state != "failed" and self.records:
             self.request()

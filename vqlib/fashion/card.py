@@ -15,6 +15,7 @@ from vqlib.extractors import load_extractor
 from vqlib.fashion import export, recipes
 from vqlib.fashion.dataset import to_model
 from vqlib.fashion.training import Progress, TrainConfig
+from vqlib.files import write_bytes
 from vqlib.references import Reference, make_reference
 from vqlib.sampling import to_uint8
 
@@ -103,9 +104,7 @@ they are not FID and compare only with each other. The first row is the floor: r
 
 Fashion-MNIST, Zalando Research, MIT licence (`DATA_LICENSE`). The weights are under the project's licence.
 """
-    path = Path(target) / "MODEL_CARD.md"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return write_bytes(Path(target) / "MODEL_CARD.md", text.encode())
 
 
 def _parameters() -> dict[str, int]:

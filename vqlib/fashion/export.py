@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.fashion import dataset, recipes
-from vqlib.files import write_tensors
+from vqlib.files import write_bytes, write_tensors
 
 
 def trained(network: nn.Module, name: str, folder: str | Path) -> nn.Module:
@@ -56,7 +56,6 @@ def export_classifier(classifier: nn.Module, target: str | Path) -> None:
 def export_indices(target: str | Path) -> None:
     """`model_index.json` and `scheduler/`, which make the folder one that DiTPipeline opens."""
     target = Path(target)
-    (target / "scheduler").mkdir(parents=True, exist_ok=True)
     index = {
         "_class_name": "DiTPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -74,5 +73,5 @@ def export_indices(target: str | Path) -> None:
         "set_alpha_to_one": True,
         "prediction_type": "epsilon",
     }
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    write_bytes(target / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+    write_bytes(target / "scheduler" / "scheduler_config.json", (json.dumps(scheduler, indent=2) + "\n").encode())

@@ -72,9 +72,10 @@ def _error_dots(table: pd.DataFrame, kinds: list[str], label: str, title: str | 
             axis.scatter(
                 [x + shift] * len(values),
                 values,
-                s=7,
+                s=20,
                 color=color,
-                alpha=0.55,
+                alpha=0.7,
+                zorder=3,
                 linewidths=0,
                 marker=method_marker(method),
                 label=method if x == 0 else None,
@@ -86,6 +87,7 @@ def _error_dots(table: pd.DataFrame, kinds: list[str], label: str, title: str | 
                     x + shift + 0.32 / len(methods),
                     color=color,
                     linewidth=1.4,
+                    zorder=2,
                 )
     axis.set_yscale("log")
     axis.set_xticks(range(len(kinds)), kinds)

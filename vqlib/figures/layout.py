@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 
@@ -23,7 +24,19 @@ def headed(figure: Figure, title: str | None, handles: Sequence = (), labels: Se
         if title:
             figure.suptitle(title)
         return figure
-    columns = min(len(handles), 3 if figure.get_figwidth() < 5 else 6)
+    columns = _columns(list(labels), 72 * figure.get_figwidth())
     legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title, borderpad=0.1)
     legend.get_title().set_fontsize(mpl.rcParams["figure.titlesize"])
     return figure
+
+
+def _columns(labels: list[str], width: float) -> int:
+    """How many of the longest labels fit side by side in `width` points, with their handles; at least one."""
+    size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
+    handle = mpl.rcParams["legend.handlelength"] + mpl.rcParams["legend.columnspacing"] + 0.8
+    needed = 0.0
+    for count, length in enumerate(sorted(map(len, labels), reverse=True)):
+        needed += (0.53 * length + handle) * size  # the mean width of a letter, in em
+        if needed > width:
+            return max(count, 1)
+    return len(labels)

@@ -122,9 +122,11 @@ def block_losses(records: pd.DataFrame, title: str | None = None, steps: int = 2
     runs = list(records.groupby("run", sort=False)) if "run" in records else [("VQ4DiT", records)]
     for name, run in runs:
         color, marker = method_color(str(name)), method_marker(str(name))
-        for part, look, label in ((run.head(steps), "--", "start"), (run.tail(steps), "-", "end")):
+        for part, look, label in ((run.head(steps), "--", None), (run.tail(steps), "-", str(name))):
             losses = part[columns].mean().to_numpy()
-            axis.plot(range(len(losses)), losses, look, color=color, marker=marker, label=f"{name}, {label}")
+            axis.plot(range(len(losses)), losses, look, color=color, marker=marker, label=label)
+    for look, label in (("--", f"first {steps} steps"), ("-", f"last {steps} steps")):
+        axis.plot([], [], look, color=METHOD_COLORS["full precision"], label=label)
     axis.set_yscale("log")
     axis.set(xlabel="block", ylabel="block loss")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
