@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from machine import add_options, device_name, report, versions
 
 import vqlib  # first: diffusers beside a CPU build of torch
 
@@ -26,7 +27,7 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from vqlib import models, tables
+from vqlib import models
 from vqlib.diffusers_backend import packed_layers
 from vqlib.diffusion import NoiseSchedule, guide
 from vqlib.geometry import Geometry
@@ -35,6 +36,11 @@ from vqlib.timing import compare, products
 
 XL = Geometry()
 K, D = 256, 4  # 2 bits a weight
+NOTES = {
+    "file": "A packed DiT-XL/2 of random weights at 2 bits; ideal: codes, codebooks in float32, all else once in float16.",
+    "memory": "One guided step of one image, DiT-XL/2's geometry at 2 bits; peaks of whole processes, imports included.",
+    "speed": "Guided forwards that take turns; ratio: median by round to full precision, with quartiles low and high.",
+}
 
 
 def random_dit(blocks: int, packed: bool, seed: int = 0) -> DiTTransformer2DModel:
@@ -181,10 +187,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_options(parser, device=False)
     parser.add_argument("--kind", help="of a step: 'full precision', 'memory' or 'speed'")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.part == "step":
@@ -195,10 +200,8 @@ def main() -> None:
             table = speed(folder, options.batches, options.rounds)
         else:
             table = {"file": file, "memory": memory}[options.part](folder, options.blocks)
-    print(f"{options.threads} threads, torch {torch.__version__}\n")
-    print(tables.markdown(table))
-    if options.csv:
-        table.to_csv(options.csv, index=False)
+    notes = [f"{device_name(threads=options.threads)}; {versions('diffusers', 'numba')}.", NOTES[options.part]]
+    report(f"Inference: {options.part}", table, notes, options.save)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ def versions(*names: str) -> str:
     return ", ".join(found)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark: device, threads, and the name of the file in results/."""
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+def add_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """Options of every benchmark: the device where it can be chosen, threads, and the name of the file in results/."""
+    if device:
+        parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", metavar="NAME", help="also write results/NAME.md")
 
