@@ -52,3 +52,18 @@ def test_a_working_torchvision_is_left_alone(tmp_path):
 def test_another_error_is_not_swallowed(tmp_path):
     result = python(LOAD + "import torchvision", torchvision(tmp_path, "raise RuntimeError('disk on fire')"))
     assert result.returncode and "disk on fire" in result.stderr
+
+
+def test_vqlib_listens_once_and_asks_nothing_of_a_torchvision_that_loads(tmp_path):
+    code = f"""
+import sys, types
+sys.modules["vqlib"] = package = types.ModuleType("vqlib")  # without what its __init__ imports
+package.__path__ = [{str(STARTUP.parent)!r}]
+from vqlib import _compat, _startup
+_startup.listen()
+import torchvision
+ours = [f for f in sys.meta_path if getattr(f, "__name__", "") == "Finder" and f.__module__.endswith("_startup")]
+print(len(ours), len(_startup._LIBRARY), "torch" in sys.modules)
+"""
+    result = python(code, torchvision(tmp_path, ""))
+    assert result.stdout.split() == ["1", "0", "False"], result.stderr
