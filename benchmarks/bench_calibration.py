@@ -54,10 +54,10 @@ def floor(run: Calibration) -> tuple[float, float]:
             value.requires_grad_(False).grad = None
 
     inputs = run.trajectory.inputs()
-    handles = [block.register_forward_hook(follow, with_kwargs=True) for block in models.block_list(run.teacher)]
+    handles = [block.register_forward_hook(follow, with_kwargs=True) for block in models.block_list(run.pipe.transformer)]
     started = clocks()
     with torch.no_grad():
-        models.forward(run.teacher, inputs.x, inputs.timestep, inputs.labels)
+        models.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     wait(run.trajectory.device)
     for handle in handles:
         handle.remove()

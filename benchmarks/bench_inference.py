@@ -144,7 +144,7 @@ def forwards(packed: nn.Module, folder: Path, batches: list[int], classes: int, 
     """Guided forwards in every mode against the same weights in dense layers; a batch of b images is 2b rows."""
     vqlib.save(packed, folder)
     dense, rebuilt, kept, cached = (vqlib.load_transformer(folder) for _ in range(4))
-    dense = dense.dequantize().requires_grad_(False)
+    dense = models.with_fast_products(dense.dequantize().requires_grad_(False))
     set_mode(kept, "speed")
     results = []
     for batch in batches:

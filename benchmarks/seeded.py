@@ -25,4 +25,5 @@ def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> 
     for layer in models.quantizable(transformer).values():
         layer.weight.copy_(weight(*layer.weight.shape, generator))
     names = tuple(map(str, range(geometry.classes)))
+    transformer = models.with_fast_products(transformer)
     return models.Pipeline("seeded", transformer.to(device), None, NoiseSchedule.linear(), names)

@@ -143,7 +143,9 @@ def test_pareto_front_is_the_best_distance_at_each_size():
         ("RTN", 1.5, 9.0),
         ("GPTQ", 1.2, None),
     ]
-    figure = figures.pareto(pd.DataFrame(rows, columns=["method", "size_mib", "fd"]).assign(low=0.5, high=9.5))
+    table = pd.DataFrame(rows, columns=["method", "size_mib", "fd"]).assign(low=0.5, high=9.5)
+    figure = figures.pareto(table.assign(bits=pd.array([None, 2, 4, 3, 2], dtype="Int64")))
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["2", "3", "4"]  # full precision has no bits
     front = next(line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post")
     assert list(front.get_ydata()) == [2.0, 2.0, 1.5, 1.0]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {

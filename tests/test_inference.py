@@ -153,4 +153,5 @@ def test_the_packed_model_compiles_to_one_graph(mode):
     packed, inputs = model(num_layers=1), batch()
     set_mode(packed, mode)
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
-    assert torch.equal(output(compiled, inputs), output(packed, inputs))
+    # A compiler brings its own matrix products, so the outputs may differ by rounding.
+    torch.testing.assert_close(output(compiled, inputs), output(packed, inputs), rtol=1e-5, atol=1e-5)

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from vqlib.layers import VQLinear
+from vqlib.products import linear
 
 
 def layer(out=24, width=16, k=10, d=4, bias=True, scale=1.0, seed=0):
@@ -25,16 +25,16 @@ def test_it_is_the_linear_layer_of_its_codewords(k, bias):
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
     assert torch.equal(packed.weight(), weight) and torch.equal(packed.assignments(), codes)
     for mode in (packed, packed.materialize(), packed.release()):
-        assert torch.equal(mode(x), F.linear(x, weight, b))
+        assert torch.equal(mode(x), linear(x, weight, b))
     with torch.inference_mode():
-        assert torch.equal(packed(x), F.linear(x, weight, b))
-    assert torch.equal(packed(x), F.linear(x, weight, b))  # the buffer made in inference mode serves outside of it
+        assert torch.equal(packed(x), linear(x, weight, b))
+    assert torch.equal(packed(x), linear(x, weight, b))  # the buffer made in inference mode serves outside of it
 
 
 def test_layers_of_different_size_share_the_buffer_without_disturbing_each_other():
     small, big = layer(out=8)[0], layer(out=64, seed=2)[0]
     x = torch.ones(1, 16)
-    expected = [F.linear(x, m.weight(), m.bias) for m in (small, big)]
+    expected = [linear(x, m.weight(), m.bias) for m in (small, big)]
     for _ in range(2):
         assert all(torch.equal(m(x), y) for m, y in zip((small, big), expected, strict=True))
 

@@ -136,6 +136,7 @@ def _first_blocks(pipe: Pipeline | None, geometry: Geometry, device: torch.devic
     if pipe:
         weights = pipe.transformer.state_dict()
         transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
+    transformer = models.with_fast_products(transformer)
     schedule = pipe.schedule if pipe else NoiseSchedule.linear()
     return Pipeline("probe", transformer.to(device), None, schedule, tuple(map(str, range(geometry.classes))))
 

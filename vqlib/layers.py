@@ -10,11 +10,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vqlib import kernels
 from vqlib.candidates import Candidates
 from vqlib.packing import CHUNK, bits_for, pack_codes, packed_size, unpack_codes, unpack_range
+from vqlib.products import linear
 from vqlib.subvectors import join
 
 
@@ -116,11 +116,11 @@ class VQLinear(nn.Module):
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         if dense is not None:
-            return F.linear(x, dense if dense.dtype == dtype else dense.to(dtype), bias)
+            return linear(x, dense if dense.dtype == dtype else dense.to(dtype), bias)
         # Autograd would keep the shared buffer for its backward pass, and a compiler would bake it into the graph.
         private = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
         out = None if private else _scratch(self.count * self.d, x.device, dtype)
-        return F.linear(x, self._gather(dtype, out), bias)
+        return linear(x, self._gather(dtype, out), bias)
 
     def extra_repr(self) -> str:
         """Geometry and the figure everyone asks for."""
@@ -195,7 +195,7 @@ class CandidateLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return F.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def winners(self) -> Tensor:
         """Position of the candidate with the highest ratio, int64 [N]; 0 is the nearest codeword at the start."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqlib import original
 from vqlib.diffusion import NoiseSchedule
+from vqlib.products import DenseLinear
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BUNDLED = "dit-mini-fashion"
@@ -81,7 +82,7 @@ def load(name: str | Path = BUNDLED, vae: str | Path = ORIGINAL_VAE) -> Pipeline
     vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
     return Pipeline(
         name=str(name),
-        transformer=transformer.eval().requires_grad_(False),
+        transformer=with_fast_products(transformer.eval().requires_grad_(False)),
         vae=vae.eval().requires_grad_(False),
         schedule=_schedule(source),
         class_names=_class_names(source, transformer.config.num_embeds_ada_norm),
@@ -109,6 +110,13 @@ def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+def with_fast_products(transformer: nn.Module) -> nn.Module:
+    """The transformer itself, its quantizable linears replaced by `DenseLinear`s of the same parameters."""
+    for name, layer in quantizable(transformer).items():
+        swap(transformer, name, DenseLinear.of(layer))
+    return transformer
+
+
 def swap(transformer: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the submodule called `name`, as in `transformer_blocks.3.attn1.to_q`."""
     parent, _, leaf = name.rpartition(".")
@@ -124,7 +132,7 @@ def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor)
 
 def _load_original(path: Path, vae: str | Path) -> Pipeline:
     """A pipeline around an original transformer: DiT's own schedule, classes by number."""
-    transformer = original.read_transformer(path)
+    transformer = with_fast_products(original.read_transformer(path))
     subfolder = "vae" if (Path(vae) / "vae" / "config.json").is_file() else None
     try:
         decoder = AutoencoderKL.from_pretrained(str(vae), subfolder=subfolder, torch_dtype=torch.float32)

@@ -103,5 +103,5 @@ def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: 
     big = 7 if marker == "*" else None
     axis.plot(points[size], points[quality], color=color, marker=marker, markersize=big, linewidth=0.9, label=method)
     if "bits" in points:
-        for x, y, bits in points[[size, quality, "bits"]].itertuples(index=False):
+        for x, y, bits in points[[size, quality, "bits"]].dropna().itertuples(index=False):
             axis.annotate(f"{bits:g}", (x, y), xytext=(4, 3), textcoords="offset points", color=color, fontsize=6)
