@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DRIVER := $(VENV)/.browser
+TRITON := $(VENV)/.triton
 TOUR := data/runs/tour
 FIND_CHROMIUM := for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" && break; done >/dev/null
 NO_CHROMIUM := make browser needs Chromium or Chrome: install it (Debian: sudo apt-get install chromium), or name it (CHROMIUM=/path/to/it make browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test browser lab notebooks tables bench
+.PHONY: help env demo test kernels browser lab notebooks tables bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 
 test: $(STAMP)  ## all tests but those in a browser
 	$(BIN)/python -m pytest tests
+
+kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (0.7 GB more)
+	$(BIN)/python -m pytest tests/test_kernels_cuda.py
 
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)
 	@$(FIND_CHROMIUM) || { test "$$(id -u)" = 0 && command -v apt-get; } >/dev/null || { echo '$(NO_CHROMIUM)' >&2; exit 1; }
@@ -54,6 +58,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test,baselines]'
 	$(BIN)/python vqlib/_startup.py
+	@touch $@
+
+# A CUDA build of torch has it; beside a CPU build only these tests need it.
+$(TRITON): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt triton
 	@touch $@
 
 $(DRIVER): $(STAMP)

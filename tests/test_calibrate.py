@@ -1,12 +1,14 @@
 import copy
 import os
 import signal
+import threading
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
-from vqlib import models
+from vqlib import models, runs
 from vqlib.calibrate import calibrate
 from vqlib.config import VQConfig, recipe
 from vqlib.layers import CandidateLinear, VQLinear
@@ -136,21 +138,25 @@ def test_records_are_written_as_they_happen(tmp_path):
     run.close()
 
 
-def test_a_stopped_run_resumes_bit_equal(tmp_path):
+EARLY = recipe("best", iterations=6, batch_size=4, steps=5, checkpoint_every=2, freeze_from=0.1, freeze_until=0.4)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, EARLY], ids=["paper", "best, all frozen before the checkpoint"])
+def test_a_stopped_run_resumes_bit_equal(tmp_path, settings):
     pipe, student = prepared()
-    list(calibrate(pipe, student, SETTINGS))
-    whole = trained_tensors(student)
+    list(calibrate(pipe, student, settings))
+    whole = student.state_dict()
 
     pipe, student = prepared()
-    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    run = calibrate(pipe, student, settings, out=tmp_path)
     for _ in range(5):  # the last checkpoint is at 4
         next(run)
     run.close()
     pipe, student = prepared()
-    resumed = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    resumed = calibrate(pipe, student, settings, out=tmp_path)
     assert resumed.iteration == 4
     resumed.finish()
-    assert all(torch.equal(whole[name], value) for name, value in trained_tensors(student).items())
+    assert all(torch.equal(whole[name], value) for name, value in student.state_dict().items())
     assert [r.iteration for r in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -251,3 +257,70 @@ def test_a_folder_holds_the_run_of_one_model_only(tmp_path):
     next(iter(pipe.transformer.parameters())).data[0] += 1e-3
     with pytest.raises(RuntimeError, match="student.teacher_sha256="):
         calibrate(pipe, student, SETTINGS, out=tmp_path)
+
+
+def test_a_layer_with_nothing_left_to_choose_costs_no_more_than_its_codebook_and_changes_nothing(monkeypatch):
+    settings = recipe("best", iterations=10, batch_size=4, steps=5)
+
+    def outcome():
+        pipe, student = prepared()
+        run = calibrate(pipe, student, settings)
+        records = [(record.block_losses, record.layers) for record in run]
+        return records, student.state_dict(), run
+
+    records, state, run = outcome()
+    logits = [layer.logits for layer in run.layers.values()]
+    assert len(run.final) == len(run.layers) and all(z.grad is None and not z.requires_grad for z in logits)
+    kept = {parameter for optimizer in run.optimizers.all if optimizer for parameter in optimizer.state}
+    assert kept and not kept & set(logits)
+
+    monkeypatch.setattr(CandidateLinear, "settle", lambda layer: None)  # the slow way: ratios train on, to no effect
+    slow_records, slow_state, _ = outcome()
+    assert records == slow_records
+    assert all(torch.equal(value, slow_state[name]) for name, value in state.items())
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path, monkeypatch):
+    released, write = threading.Event(), runs.write_copies
+
+    def slow(path, tensors, metadata):
+        assert released.wait(30)
+        return write(path, tensors, metadata)
+
+    monkeypatch.setattr(runs, "write_copies", slow)
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    next(run), next(run)  # a checkpoint is due after the second step
+    saved = trained_tensors(student)
+    next(run)
+    assert not (tmp_path / "state.safetensors").exists()
+    released.set()
+    run.close()
+    state = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(state[f"student.{name}"], value) for name, value in saved.items())
+    assert not all(torch.equal(value, trained_tensors(student)[name]) for name, value in saved.items())
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_passed_over(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    monkeypatch.setattr(runs, "write_copies", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(run)
+    run.close()
+
+
+def test_products_in_half_precision_train_float32_codebooks_to_nearly_the_same_loss():
+    def losses(products):
+        pipe, student = prepared()
+        pipe = pipe.with_transformer(models.with_fast_products(pipe.transformer))
+        run = calibrate(pipe, student, SETTINGS.replace(products=products))
+        found = [record.loss for record in run]
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+        return found
+
+    exact, rounded = losses("float32"), losses("bfloat16")
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)

@@ -155,6 +155,24 @@ def test_pareto_front_is_the_best_distance_at_each_size():
     }  # no FD: no point
 
 
+def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():
+    rows = [
+        ("full precision", None, 50, 900, 1.0), ("full precision", None, 100, 300, 3.0),
+        ("VQ4DiT", 2, 50, 900, 1.5), ("VQ4DiT", 2, 100, 300, 3.2), ("k-means", 2, 50, 900, 9.0), ("k-means", 2, 100, 300, 5.0),
+        ("RTN", 2, 50, 900, 8.0),  # measured at one number of steps: no line
+        ("k-means", 2, 250, 100, 7.0),  # nothing to compare it with
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["method", "bits", "steps", "images", "FD"]).astype({"bits": "Int64"})
+    frame = figures.steps_frame(table, "FD")
+    assert frame[["method", "steps"]].values.tolist() == [["VQ4DiT", 50], ["VQ4DiT", 100], ["k-means", 50], ["k-means", 100]]
+    assert frame["added"].tolist() == pytest.approx([0.5, 0.2, 8.0, 2.0])
+    axis = figures.steps_plot(table, "FD").axes[0]
+    assert [line.get_label() for line in axis.lines] == ["VQ4DiT, 2 bits", "k-means, 2 bits"]
+    assert axis.get_yscale() == "log" and [label.get_text() for label in axis.get_xticklabels()] == ["50", "100"]
+    below = table.assign(FD=table["FD"].where(table["method"] != "VQ4DiT", 0.9))
+    assert figures.steps_plot(below, "FD").axes[0].get_yscale() == "linear"  # better than full precision: no logarithm
+
+
 @pytest.mark.parametrize("venue", ["AAAI", "notebook"])
 def test_figures_are_as_wide_as_the_style_and_titles_stand_clear_of_legends(venue):
     with style(venue) as chosen:

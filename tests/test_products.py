@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vqlib import products
-from vqlib.products import DenseLinear, linear
+from vqlib.products import DenseLinear, linear, products_in
 
 
 @pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"], autouse=True)
@@ -62,3 +62,27 @@ def test_a_dense_linear_shares_the_parameters_of_the_layer_it_stands_for():
     x = torch.randn(2, 16, 32)
     torch.testing.assert_close(dense(x), layer(x), rtol=1e-5, atol=1e-5)
     assert DenseLinear.of(nn.Linear(32, 24, bias=False)).bias is None
+
+
+def test_factors_in_half_precision_leave_everything_else_in_float32():
+    x, weight, bias = tensors(2, 16, 32)
+    with products_in(torch.bfloat16):
+        product = linear(x, weight, bias)
+    rounded = (x.bfloat16() @ weight.bfloat16().T).float() + bias
+    assert product.dtype == torch.float32 and torch.equal(product, rounded)
+    gradients = torch.autograd.grad(product.sum(), (x, weight, bias))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    exact = torch.autograd.grad(linear(x, weight, bias).sum(), (x, weight, bias))
+    for own, expected in zip(gradients, exact, strict=True):
+        assert (own - expected).norm() < 0.01 * expected.norm()
+
+
+def test_the_precision_ends_with_its_block():
+    x, weight, bias = tensors(2, 16, 32)
+    exact = linear(x, weight, bias)
+    with pytest.raises(KeyError), products_in(torch.bfloat16):
+        assert not torch.equal(linear(x, weight, bias), exact)
+        with products_in(torch.float32):
+            assert torch.equal(linear(x, weight, bias), exact)
+        raise KeyError
+    assert torch.equal(linear(x, weight, bias), exact)

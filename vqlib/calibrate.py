@@ -25,6 +25,7 @@ from vqlib.layers import CandidateLinear
 from vqlib.losses import RATIO_LOSSES, block_loss
 from vqlib.memory import keep_freed_memory, peak_memory
 from vqlib.optimizers import BlockOptimizers, with_prefix
+from vqlib.products import products_in
 from vqlib.quantize import harden
 from vqlib.runs import Record, RunFolder
 from vqlib.trajectory import Inputs, Trajectory, teacher_output
@@ -62,6 +63,7 @@ class Calibration(Iterator[Record]):
         self.trajectory = Trajectory(pipe, config)
         self.iteration, self.ratio_minimum = 0, math.inf
         self.settled = {name: layer.logits is None for name, layer in self.layers.items()}
+        self.final: dict[str, dict] = {}  # the record's figures of layers in which nothing is left to choose
         self.folder = RunFolder(out, self._settings()) if out is not None else None
         try:
             if not self._resume():
@@ -87,14 +89,17 @@ class Calibration(Iterator[Record]):
             if self.folder:
                 self.folder.append(record)
                 every = self.config.checkpoint_every
-                if self.remaining == 0 or (every and self.iteration % every == 0):
+                if self.remaining == 0:
                     self.checkpoint()
+                elif every and self.iteration % every == 0:
+                    self.folder.save(self._state(), self.iteration)
         return record
 
     def checkpoint(self) -> None:
         """Keep the step made last in the run folder, if there is one, whatever `checkpoint_every` says."""
         if self.folder:
             self.folder.save(self._state(), self.iteration)
+            self.folder.wait()
 
     def finish(self) -> nn.Module:
         """Make the remaining steps, give the folder back, and return the packed transformer."""
@@ -114,10 +119,9 @@ class Calibration(Iterator[Record]):
         inputs = self.trajectory.inputs()
         self.optimizers.start(self.iteration)
         push = self._push_ratios()
-        if self.config.block_inputs == "end-to-end":
-            output, losses = self._end_to_end(inputs, push)
-        else:
-            output, losses = self._streaming(inputs, push)
+        pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
+        with products_in(getattr(torch, self.config.products)):
+            output, losses = pass_through(inputs, push)
         self.trajectory.advance(output)
         self.iteration += 1
         layers = {name: self._settle(name, layer) for name, layer in self.layers.items()}
@@ -173,7 +177,8 @@ class Calibration(Iterator[Record]):
         loss.backward()
         if push:
             for z in (layer.logits for layer in self.parts[part].values() if layer.logits is not None):
-                kernels.add_ratio_gradient(self.config.ratio_loss, z, z.grad, self.config.lambda_r)
+                if z.grad is not None:
+                    kernels.add_ratio_gradient(self.config.ratio_loss, z, z.grad, self.config.lambda_r)
         if self.config.train_codebooks == "frozen":
             waiting = {id(layer.codebook) for name, layer in self.layers.items() if not self.settled[name]}
             for layer in self.parts[part].values():
@@ -197,6 +202,8 @@ class Calibration(Iterator[Record]):
 
     def _settle(self, name: str, layer: CandidateLinear) -> dict:
         """Freeze what has passed the threshold; the layer's figures for the record."""
+        if name in self.final:
+            return dict(self.final[name])
         figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
         winners = torch.zeros(len(layer.candidates), dtype=torch.uint8, device=layer.candidates.device)
         if layer.logits is not None:
@@ -206,7 +213,13 @@ class Calibration(Iterator[Record]):
             self.settled[name] = ratios.frozen > SETTLED
             winners = ratios.winners
         k = len(layer.codebook)
-        return figures | {"unused": k - kernels.used_codewords(layer.candidates, winners, k)}
+        figures["unused"] = k - kernels.used_codewords(layer.candidates, winners, k)
+        if figures["frozen"] == 1.0 and figures["entropy"] == 0.0:
+            self.final[name] = dict(figures)
+            if layer.logits is not None:
+                layer.settle()
+                self.optimizers.forget(layer.logits)
+        return figures
 
     def _threshold(self, logits: Tensor) -> float:
         """The largest ratio above which sub-vectors of a layer are frozen in this step."""

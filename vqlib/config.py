@@ -105,6 +105,7 @@ class CalibrationConfig(_Settings):
     lr_ratios: float = 5e-2
     lr_codebooks: float = 1e-4  # codebooks, biases and layer scales
     lr_decay: str = "constant"  # "cosine": to zero over the run
+    products: str = "float32"  # "bfloat16": factors of matrix products; codebooks, ratios, activations stay float32
     seed: int = 0
     checkpoint_every: int = 100  # iterations; 0: only at the end
 
@@ -120,6 +121,7 @@ class CalibrationConfig(_Settings):
         self._one_of("optimizer", ("rmsprop", "adam"))
         self._one_of("lr_decay", ("constant", "cosine"))
         self._one_of("freeze_rule", ("threshold", "schedule"))
+        self._one_of("products", ("float32", "bfloat16"))
         if not 0.0 <= self.freeze_from < self.freeze_until <= 1.0:
             raise ValueError(f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1")
         if not 0.5 < self.freeze_above <= 1.0:

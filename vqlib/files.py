@@ -52,8 +52,17 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file of CPU copies, each with memory of its own as the format demands; returns the path."""
+    """Write a safetensors file of `copies`; returns the path."""
+    return write_copies(path, copies(tensors), metadata)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, on the CPU, each with memory of its own as safetensors demands."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def write_copies(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file of tensors that `copies` gave; returns the path."""
     with replacing(path) as temporary:
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata=metadata)
     return Path(path)

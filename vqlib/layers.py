@@ -183,13 +183,16 @@ class CandidateLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.codebook = codebook
         self.register_buffer("candidates", candidates.indices)
+        self.register_buffer("chosen", None, persistent=False)  # [N, 1] once `settle` was called
         self.logits = nn.Parameter(candidates.logits) if candidates.indices.shape[1] > 1 else None
         self.scale = None if scale is None else nn.Parameter(scale.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def weight(self) -> Tensor:
         """The soft reconstruction Ŵ, [out, in] (Eq. 7); differentiable in codebook, logits and scale."""
-        subvectors = kernels.soft_reconstruct(self.codebook, self.candidates, self.logits)
+        settled = self.chosen is not None
+        offered = (self.chosen, None) if settled else (self.candidates, self.logits)
+        subvectors = kernels.soft_reconstruct(self.codebook, *offered)
         weight = join(subvectors, (self.out_features, self.in_features))  # [N, d] -> [out, in]
         return weight if self.scale is None else self.scale * weight
 
@@ -202,6 +205,11 @@ class CandidateLinear(nn.Module):
         if self.logits is None:
             return torch.zeros(len(self.candidates), dtype=torch.int64, device=self.candidates.device)
         return self.logits.detach().argmax(dim=1)
+
+    def settle(self) -> None:
+        """All ratios are one-hot for good: from here on a step costs what it does with n = 1, and gives the same."""
+        self.chosen = self.candidates.gather(1, self.winners().unsqueeze(1))
+        self.logits.requires_grad_(False).grad = None
 
     def harden(self, codewords: Tensor | None = None) -> VQLinear:
         """The packed layer in which every sub-vector takes its winner; `codewords` lets layers share one codebook."""

@@ -44,6 +44,11 @@ class BlockOptimizers:
         """Step what several blocks share, after the last of them."""
         self.step(-1)
 
+    def forget(self, parameter: nn.Parameter) -> None:
+        """Drop what is held for a parameter that is not trained any more."""
+        for optimizer in filter(None, self.all):
+            optimizer.state.pop(parameter, None)
+
     def state(self) -> dict[str, Tensor]:
         """Every optimizer's tensors under "optimizer.parameter.name"."""
         return {

@@ -49,9 +49,9 @@ def compact(table: pd.DataFrame, quoted: pd.DataFrame | None = None) -> tuple[pd
     for (method, bits), runs in lines:
         first = runs.iloc[0]
         row = {"method": method, "bits": bits or None, "bits stored": first["bits per weight"]}
-        row |= {"MiB": first["size (MiB)"], _title(distance, first): first[distance]}
+        row |= {"MiB": first["size (MiB)"], title(distance, first): first[distance]}
         row |= {name: first[name] for name in (KEPT[0], score, *KEPT[1:]) if name in table}
-        row |= {_title(distance, run): run[distance] for _, run in runs.iloc[1:].iterrows()}
+        row |= {title(distance, run): run[distance] for _, run in runs.iloc[1:].iterrows()}
         rows.append(row)
     frame = pd.DataFrame(rows)
     group = frame["bits"].where(frame["method"] != FULL_PRECISION)
@@ -78,7 +78,7 @@ def export(table: pd.DataFrame, caption: str, folder: str | Path) -> dict[str, P
     return {path.name: path for path in paths}
 
 
-def _title(distance: str, run: pd.Series) -> str:
+def title(distance: str, run: pd.Series) -> str:
     """The distance with its count and steps: 'FD-5k (fashion), 50 steps'."""
     images = int(run["images"])
     count = f"{images // 1000}k" if images % 1000 == 0 else str(images)

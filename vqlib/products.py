@@ -2,12 +2,16 @@
 
 torch hands float32 products on a CPU to MKL, and MKL keeps to AVX2 on processors that are not Intel's. There oneDNN,
 which torch has too and calls for convolutions, makes the same product with AVX-512 in half the time: a linear layer over
-tokens is a convolution of width 1. Elsewhere, and for few rows, `F.linear` stays.
+tokens is a convolution of width 1. Elsewhere, and for few rows, `F.linear` stays. Within `products_in(torch.bfloat16)`
+the factors are rounded to bfloat16 first, and only they: sums, activations and results stay float32.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -28,6 +32,17 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
+_factors: ContextVar[torch.dtype | None] = ContextVar("dtype of a product's factors", default=None)
+
+
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block `linear` rounds the factors of float32 products to `dtype`, also in the backward pass."""
+    token = _factors.set(None if dtype == torch.float32 else dtype)
+    try:
+        yield
+    finally:
+        _factors.reset(token)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,8 +50,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     An image's rows do not depend on the other images of a batch x [R, tokens, in].
     """
-    tokens = x.dim() == 3 and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not (tokens and ONEDNN_IS_FASTER) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    dtype = _factors.get()
+    if dtype is not None:
+        product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+        return product if bias is None else product + bias
+    if x.dim() != 3 or x.device.type != "cpu" or not ONEDNN_IS_FASTER:
         return F.linear(x, weight, bias)
     image = x.transpose(1, 2).unsqueeze(-1)  # [R, tokens, in] -> [R, in, tokens, 1], channels last
     kernel = weight[:, :, None, None]  # [out, in] -> [out, in, 1, 1]

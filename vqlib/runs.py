@@ -10,6 +10,7 @@ Files are replaced as a whole; records are appended, and a line that a kill has 
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqlib.files import remove_remains, write_bytes, write_tensors
+from vqlib.files import copies, remove_remains, write_bytes, write_copies
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,22 @@ class RunFolder:
             holder = "another process, or a run of this one that was not closed"
             raise RuntimeError(f"{self.path} is in use by {holder}; close it, or give `out` another folder") from None
         self._records = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
         for name in ("run.json", "records.jsonl", "state.safetensors"):
             remove_remains(self.path / name)
         self._check_settings(settings)
 
     def close(self) -> None:
-        """Give the folder back."""
-        if self._records:
-            self._records.close()
-            self._records = None
-        self._lock.release()
+        """Give the folder back, once the last checkpoint is written."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._records:
+                self._records.close()
+                self._records = None
+            self._lock.release()
 
     def append(self, record: Record) -> None:
         """Add one line to records.jsonl."""
@@ -76,8 +83,19 @@ class RunFolder:
         self._records.flush()
 
     def save(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Write the checkpoint of `iteration` in place of the last one."""
-        write_tensors(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
+        """Write the checkpoint of `iteration` in place of the last one: copied now, written while the run goes on.
+
+        What went wrong with the writing of one checkpoint is raised by the next `save`, by `wait`, or by `close`.
+        """
+        self.wait()
+        what = self.path / "state.safetensors", copies(tensors), {"iteration": str(iteration)}
+        self._writing = self._writer.submit(write_copies, *what)
+
+    def wait(self) -> None:
+        """Until the checkpoint saved last is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""

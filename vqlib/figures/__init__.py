@@ -17,6 +17,7 @@ from vqlib.figures.records import (
     records_frame,
 )
 from vqlib.figures.sizes import pareto, size_bars
+from vqlib.figures.steps import steps_frame, steps_plot
 from vqlib.grids import difference_map, image_grid
 from vqlib.styles import METHOD_COLORS, VENUES, save_figure, style
 
@@ -44,6 +45,8 @@ __all__ = [
     "records_frame",
     "save_figure",
     "size_bars",
+    "steps_frame",
+    "steps_plot",
     "style",
     "winner_plot",
 ]

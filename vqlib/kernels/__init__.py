@@ -1,7 +1,7 @@
 """The loops over sub-vectors that decide the running time, one fused implementation per device.
 
-float32 on the CPU runs the numba kernels, everything else the plain torch twins in `reference`. The kernels' results do
-not depend on the number of threads.
+float32 on the CPU runs the numba kernels, whose results do not depend on the number of threads. float32 on CUDA runs
+the Triton kernels of `cuda`, where there is one; everything else the plain torch twins in `reference`.
 """
 
 from functools import lru_cache
@@ -39,8 +39,23 @@ def _compiled():
     return cpu, cpu_soft, cpu_ratios
 
 
+@lru_cache(maxsize=None)
+def _triton():
+    """The module of Triton kernels, or None without triton; imported at first use, which needs a tensor on CUDA."""
+    try:
+        from vqlib.kernels import cuda
+    except ImportError:
+        return None
+    return cuda
+
+
 def _on_cpu(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and _compiled() is not None
+
+
+def _on_cuda(*tensors: Tensor) -> bool:
+    same = all(t.is_cuda and t.dtype == torch.float32 and t.device == tensors[0].device for t in tensors)
+    return same and _triton() is not None
 
 
 def _array(tensor: Tensor):
@@ -63,6 +78,8 @@ def assign(x: Tensor, codewords: Tensor) -> Tensor:
     x, codewords = _pair(x, codewords)
     if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
         return torch.from_numpy(_compiled()[0].assign(_array(x), _array(codewords)))
+    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
+        return _triton().assign(x, codewords)
     return reference.assign(x, codewords)
 
 
@@ -73,6 +90,8 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
         raise ValueError(f"n={n} candidates asked for, but the codebook has k={len(codewords)} codewords")
     if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
         return torch.from_numpy(_compiled()[0].nearest(_array(x), _array(codewords), n))
+    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
+        return _triton().nearest(x, codewords, n)
     return reference.nearest(x, codewords, n)
 
 
@@ -81,6 +100,8 @@ def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
     x, codewords = _pair(x, codewords)
     if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
         return ClusterSums(*map(torch.from_numpy, _compiled()[0].cluster_sums(_array(x), _array(codewords))))
+    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
+        return reference.cluster_sums(x, codewords, _triton().assign)
     return reference.cluster_sums(x, codewords)
 
 
@@ -116,6 +137,8 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     if _on_cpu(*floats) and candidates.device.type == "cpu":
         if codewords.shape[1] <= _compiled()[1].MAX_LENGTH and n <= _compiled()[1].MAX_CANDIDATES:
             return _SoftReconstruct.apply(codewords, candidates, logits)
+    if _on_cuda(*floats) and _triton().mixes(codewords, candidates):
+        return _triton().soft_reconstruct(codewords, candidates, logits)
     return reference.soft_reconstruct(codewords, candidates, logits)
 
 

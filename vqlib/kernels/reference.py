@@ -4,7 +4,7 @@ Searches go through the points in chunks, so that memory stays bounded however m
 compiled kernels are tested against these functions; devices without a compiled kernel use them directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -71,14 +71,14 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     return found
 
 
-def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
-    """Assign every point and add it up under its codeword: [N, d], [k, d] -> [k, d], [k], [k]."""
+def cluster_sums(x: Tensor, codewords: Tensor, search: Callable[[Tensor, Tensor], Tensor] = assign) -> ClusterSums:
+    """Assign every point, by `search`, and add it up under its codeword: [N, d], [k, d] -> [k, d], [k], [k]."""
     k, d = codewords.shape
     sums = torch.zeros(k, d, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     squares = torch.zeros(k, dtype=torch.float64, device=x.device)
     for part in _chunks(len(x), k):
-        codes = assign(x[part], codewords)
+        codes = search(x[part], codewords)
         wide = x[part].double()
         sums.index_add_(0, codes, wide)
         counts += torch.bincount(codes, minlength=k)

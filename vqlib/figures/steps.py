@@ -1,0 +1,47 @@
+"""What quantization costs at each number of DDPM steps, measured against full precision under the same conditions."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.styles import method_color, method_marker, new_figure
+
+FULL_PRECISION = "full precision"
+LINES = {2: "-", 3: "--", 4: ":"}  # by bits
+
+
+def steps_frame(table: pd.DataFrame, distance: str) -> pd.DataFrame:
+    """Columns method, bits, steps, images, `distance` and added: what is above full precision's with those steps and images.
+
+    table: columns method, bits, steps, images and `distance`. Methods that were measured at one number of steps only, and
+    rows without full precision beside them, are left out. A distance depends on the number of images, added far less.
+    """
+    conditions = ["steps", "images"]
+    base = table[table["method"] == FULL_PRECISION].set_index(conditions)[distance]
+    found = table.loc[table["method"] != FULL_PRECISION, ["method", "bits", *conditions, distance]]
+    found = found.join(base.rename("base"), on=conditions).dropna(subset=["base"])
+    found["added"] = found[distance] - found["base"]
+    several = found.groupby(["method", "bits"])["steps"].transform("nunique") > 1
+    return found[several].drop(columns="base").reset_index(drop=True)
+
+
+def steps_plot(table: pd.DataFrame, distance: str, title: str | None = None) -> Figure:
+    """DDPM steps against the distance above full precision's, a line per method and bits; see `steps_frame`."""
+    figure = new_figure(0.5 * mpl.rcParams["figure.figsize"][0])
+    axis = figure.subplots()
+    frame = steps_frame(table, distance)
+    for (method, bits), line in frame.groupby(["method", "bits"], sort=False):
+        line = line.sort_values("steps")
+        look = {"color": method_color(method), "marker": method_marker(method), "linestyle": LINES.get(bits, "-")}
+        axis.plot(line["steps"], line["added"], label=f"{method}, {bits} bits", **look)
+    if (frame["added"] > 0).all():
+        axis.set_yscale("log")
+        plain_log_ticks(axis.yaxis)
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(frame["steps"].unique()), [str(steps) for steps in sorted(frame["steps"].unique())])
+    axis.minorticks_off()
+    axis.set(xlabel="DDPM steps", ylabel=f"{distance} above full precision's")
+    return headed(figure, title, *axis.get_legend_handles_labels())
