@@ -49,6 +49,7 @@ bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry
 	$(BIN)/python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 	$(BIN)/python benchmarks/bench_calibration.py --batch 2 --iterations 20 --resume --estimate --threads 2
 	$(BIN)/python benchmarks/bench_inference.py speed --threads 2
+	$(BIN)/python benchmarks/bench_evaluation.py --threads 2
 	@test ! -e $(DRIVER) || $(BIN)/python benchmarks/bench_browser.py --threads 2
 
 # torch comes first and pinned, so that nothing else decides which build of it is installed.

@@ -4,7 +4,8 @@
     python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 
 The floor of a step is what no implementation of the method can leave out: the full-precision forward pass, and a plain forward
-and backward pass of every block with dense weights that take gradients. Floor and steps are measured in turn. Without
+and backward pass of every block with dense weights that take gradients, by the same library of matrix products and always in
+float32. Floor and steps are measured in turn. Without
 --model the geometry is DiT-XL/2's and weights are seeded; codebooks get one k-means pass, which changes no cost here. On a GPU:
 --device cuda --batch 16.
 """
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=28, help="of the seeded model")
     parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--products", default="float32", help="or bfloat16")
     parser.add_argument("--floors", type=int, default=3, help="how often the floor is measured")
     parser.add_argument("--resume", action="store_true", help="stop half-way, write a checkpoint, go on from it")
     parser.add_argument("--estimate", action="store_true", help="estimate the same job first")
@@ -86,6 +88,7 @@ def main() -> None:
     config = CalibrationConfig(
         iterations=options.iterations,
         batch_size=options.batch,
+        products=options.products,
         timestep_order="sequential",  # no forward passes before the first step
         checkpoint_every=half if options.resume else options.iterations,
     )
@@ -123,7 +126,7 @@ def main() -> None:
         run.close()
         notes.append(f"Calibration with its checkpoints: {time.perf_counter() - began - stopped:.1f} s.")
     notes.append(f"{blocks} blocks, batch {options.batch} with guidance, n = {options.candidates}, 2 bits, {len(steps)} "
-                 f"steps; peak memory {peak_memory(device) / 2**30:.2f} GiB.")  # fmt: skip
+                 f"steps, products in {options.products}; peak memory {peak_memory(device) / 2**30:.2f} GiB.")  # fmt: skip
     rows = []
     for clock, step, low in zip(("wall", "processor"), zip(*steps[1:]), zip(*floors), strict=True):  # the first step warms up
         row = {"clock": clock, "step s": statistics.median(step), "fastest": min(step), "slowest": max(step)}
