@@ -26,7 +26,7 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 test: $(STAMP)  ## all tests but those in a browser
 	$(BIN)/python -m pytest tests
 
-kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (0.7 GB more)
+kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)
 	$(BIN)/python -m pytest tests/test_kernels_cuda.py
 
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)

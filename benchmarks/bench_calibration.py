@@ -4,8 +4,8 @@
     python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 
 The floor of a step is what no implementation of the method can leave out: the full-precision forward pass, and a plain forward
-and backward pass of every block with dense weights that take gradients, by the same library of matrix products and always in
-float32. Floor and steps are measured in turn. Without
+and backward pass of every block with dense weights that take gradients, by the same library of matrix products and in the same
+precision. Floor and steps are measured in turn. Without
 --model the geometry is DiT-XL/2's and weights are seeded; codebooks get one k-means pass, which changes no cost here. On a GPU:
 --device cuda --batch 16.
 """
@@ -28,6 +28,7 @@ from vqlib.estimate import estimate
 from vqlib.geometry import Geometry
 from vqlib.memory import peak_memory
 from vqlib.presets import preset
+from vqlib.products import products_in
 from vqlib.quantize import quantize
 
 
@@ -57,7 +58,7 @@ def floor(run: Calibration) -> tuple[float, float]:
     inputs = run.trajectory.inputs()
     handles = [block.register_forward_hook(follow, with_kwargs=True) for block in models.block_list(run.pipe.transformer)]
     started = clocks()
-    with torch.no_grad():
+    with torch.no_grad(), products_in(getattr(torch, run.config.products)):
         models.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     wait(run.trajectory.device)
     for handle in handles:
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=28, help="of the seeded model")
     parser.add_argument("--candidates", type=int, default=3)
-    parser.add_argument("--products", default="float32", help="or bfloat16")
+    parser.add_argument("--products", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--floors", type=int, default=3, help="how often the floor is measured")
     parser.add_argument("--resume", action="store_true", help="stop half-way, write a checkpoint, go on from it")
     parser.add_argument("--estimate", action="store_true", help="estimate the same job first")

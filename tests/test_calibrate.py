@@ -309,8 +309,12 @@ def test_a_checkpoint_that_could_not_be_written_is_not_passed_over(tmp_path, mon
     run = calibrate(pipe, student, SETTINGS, out=tmp_path)
     monkeypatch.setattr(runs, "write_copies", full)
     with pytest.raises(OSError, match="No space left"):
-        list(run)
-    run.close()
+        list(run)  # told when the next checkpoint is due
+    assert run.iteration == 4
+    with pytest.raises(OSError, match="No space left"):
+        run.close()  # of the one that was due then
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()  # the folder was given back all the same
 
 
 def test_products_in_half_precision_train_float32_codebooks_to_nearly_the_same_loss():

@@ -48,3 +48,10 @@ def test_unknown_names_are_refused():
         CalibrationConfig.from_dict({"iteration": 3})
     with pytest.raises(ValueError, match="loss_at='output'"):
         CalibrationConfig(loss_at="output")
+
+
+def test_a_setting_added_later_leaves_names_of_what_was_made_before_it_as_they_are():
+    assert "products" not in CalibrationConfig().to_dict() and "lr_ratios" in CalibrationConfig().to_dict()
+    changed = CalibrationConfig(products="bfloat16")
+    assert changed.to_dict()["products"] == "bfloat16" and CalibrationConfig.from_dict(changed.to_dict()) == changed
+    assert CalibrationConfig.from_dict(CalibrationConfig().to_dict()) == CalibrationConfig()

@@ -168,7 +168,7 @@ def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():
     assert frame["added"].tolist() == pytest.approx([0.5, 0.2, 8.0, 2.0])
     axis = figures.steps_plot(table, "FD").axes[0]
     assert [line.get_label() for line in axis.lines] == ["VQ4DiT, 2 bits", "k-means, 2 bits"]
-    assert axis.get_yscale() == "log" and [label.get_text() for label in axis.get_xticklabels()] == ["50", "100"]
+    assert axis.get_yscale() == "log" and [label.get_text() for label in axis.get_xticklabels()] == ["50 steps\n900 images", "100 steps\n300 images"]
     below = table.assign(FD=table["FD"].where(table["method"] != "VQ4DiT", 0.9))
     assert figures.steps_plot(below, "FD").axes[0].get_yscale() == "linear"  # better than full precision: no logarithm
 

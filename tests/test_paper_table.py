@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from vqlib.paper_table import QUOTED, compact, export, quoted_figures
+from vqlib.paper_table import PAPER, QUOTED, compact, export, quoted_figures
 from vqlib.tables import latex
 
 DISTANCE = "FD (fashion)"
@@ -31,14 +31,22 @@ def test_one_line_a_method_with_the_other_steps_beside():
     assert group.isna().tolist() == [True, False, False, False] and group.tolist()[1:] == [4, 2, 2]
 
 
+def test_a_method_without_the_row_that_the_columns_are_named_by_is_left_out():
+    rows = pd.DataFrame([line("full precision", None), line("VQ4DiT", 2, 100, 1000)]).astype({"bits": "Int64"})
+    assert compact(rows)[0]["method"].tolist() == ["full precision"]
+
+
 def test_quoted_figures_stand_in_marked_columns_beside_the_same_method_and_bits():
     frame, options = compact(TABLE, quoted_figures())
     column = "† FID, DiT-XL/2 256"
     cells = {(row["method"], None if pd.isna(row["bits"]) else row["bits"]): row[column] for _, row in frame.iterrows()}
-    assert cells["VQ4DiT", 2] == "12.42" and cells["GPTQ", 2] == "> 300" and pd.isna(cells["GPTQ", 4])
+    assert cells[f"{PAPER} †", 2] == "12.42" and cells["GPTQ", 2] == "> 300" and pd.isna(cells["GPTQ", 4])
+    assert pd.isna(cells["VQ4DiT", 2])  # recipe `best`, which nobody has run there
     assert cells["full precision", None] == "2.27 (50k, 250 steps)"
     assert cells["RepQ-ViT †", 2] == cells["Q-DiT †", 2] == "> 300"
-    assert frame.set_index("method").loc["VQ4DiT", "† FID, DiT-XL/2 512"] == "35.08"
+    assert frame.set_index("method").loc[f"{PAPER} †", "† FID, DiT-XL/2 512"] == "35.08"
+    beside, _ = compact(pd.concat([TABLE, pd.DataFrame([line(PAPER, 2)])]), quoted_figures())
+    assert beside.set_index("method").loc[PAPER, column] == "12.42" and f"{PAPER} †" not in set(beside["method"])
     only = frame[frame["method"].str.endswith("†")]
     assert only["FD-5k (fashion), 50 steps"].isna().all() and options["within"][only.index].isna().all()
 
@@ -47,7 +55,7 @@ def test_a_figure_without_a_number_is_not_quoted(tmp_path):
     rows = pd.read_csv(QUOTED)
     rows.loc[rows["method"] == "VQ4DiT", "fid"] = None
     rows.to_csv(tmp_path / "fid.csv", index=False)
-    assert "VQ4DiT" not in quoted_figures(tmp_path / "fid.csv").index.get_level_values("method")
+    assert PAPER not in quoted_figures(tmp_path / "fid.csv").index.get_level_values("method")
 
 
 def test_the_best_of_each_bit_width_is_bold_and_full_precision_never():
@@ -60,7 +68,7 @@ def test_the_best_of_each_bit_width_is_bold_and_full_precision_never():
     text = "\n".join(lines)
     assert r"\shortstack[r]{$\dagger$ FID\\DiT-XL/2 256}" in text and "$>$ 300" in text
     assert r"\shortstack[r]{FD-5k (fashion)\\50 steps $\downarrow$}" in text
-    with pytest.raises(ValueError, match="within has 1 values for 6 rows"):
+    with pytest.raises(ValueError, match="within has 1 values for 7 rows"):
         latex(frame, within=options["within"][:1])
 
 

@@ -64,7 +64,7 @@ def test_a_dense_linear_shares_the_parameters_of_the_layer_it_stands_for():
     assert DenseLinear.of(nn.Linear(32, 24, bias=False)).bias is None
 
 
-def test_factors_in_half_precision_leave_everything_else_in_float32():
+def test_products_in_half_precision_take_and_give_float32():
     x, weight, bias = tensors(2, 16, 32)
     with products_in(torch.bfloat16):
         product = linear(x, weight, bias)

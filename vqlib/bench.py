@@ -25,11 +25,10 @@ from vqlib.experiments import content_key, measure, packed_model, reference_fing
 from vqlib.files import write_bytes
 from vqlib.fingerprint import fingerprint
 from vqlib.models import Pipeline
-from vqlib.paper_table import FULL_PRECISION
+from vqlib.paper_table import FULL_PRECISION, PAPER
 from vqlib.references import load_reference
 from vqlib.table_rows import Row, TableConfig
 
-PAPER = "VQ4DiT, paper's recipe"
 GROUP_SIZES = {2: 32, 3: 64, 4: 64}  # bits -> weights a scale: uniform methods store at least as many bits as VQ
 
 

@@ -110,9 +110,9 @@ class Calibration(Iterator[Record]):
 
     def close(self) -> None:
         """Release the run folder; the run can be resumed from its last checkpoint."""
-        if self.folder:
-            self.folder.close()
-            self.folder = None
+        folder, self.folder = self.folder, None
+        if folder:
+            folder.close()
 
     def _step(self) -> Record:
         started = time.perf_counter()

@@ -8,16 +8,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
 
 
 class _Settings:
-    """`to_dict` / `from_dict` / `replace`, shared by all settings; unknown keys are refused by name."""
+    """`to_dict` / `from_dict` / `replace`, shared by all settings; unknown keys are refused by name.
+
+    Rows and run folders are named by `to_dict`. A field of `ADDED_LATER` at its default is left out there, so that what
+    was made before the field existed is still found.
+    """
+
+    ADDED_LATER: ClassVar[frozenset[str]] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        found = dataclasses.asdict(self)
+        return {k: v for k, v in found.items() if k not in self.ADDED_LATER or v != defaults[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
@@ -82,6 +90,8 @@ class VQConfig(_Settings):
 class CalibrationConfig(_Settings):
     """One calibration run: zero-data inputs, loss, optimizer, hardening. Recipes are in `RECIPES`; see `recipe()`."""
 
+    ADDED_LATER = frozenset({"products"})
+
     iterations: int = 500  # optimizer steps
     batch_size: int = 16  # images on the trajectory; doubled by their unconditional halves when guidance_scale > 1
     steps: int = 50  # DDPM timesteps of a trajectory
@@ -105,7 +115,7 @@ class CalibrationConfig(_Settings):
     lr_ratios: float = 5e-2
     lr_codebooks: float = 1e-4  # codebooks, biases and layer scales
     lr_decay: str = "constant"  # "cosine": to zero over the run
-    products: str = "float32"  # "bfloat16": factors of matrix products; codebooks, ratios, activations stay float32
+    products: str = "float32"  # "bfloat16": matrix products of the linear layers; codebooks and ratios stay float32
     seed: int = 0
     checkpoint_every: int = 100  # iterations; 0: only at the end
 

@@ -24,7 +24,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~umask())  # mkstemp's files are private
+        temporary.chmod(0o666 & ~UMASK)  # mkstemp's files are private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,11 +37,14 @@ def remove_remains(path: str | Path) -> None:
         remains.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    """The permission bits that this process takes from new files."""
+def _umask() -> int:
+    """The permission bits that this process takes from new files; asking changes them for a moment."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+UMASK = _umask()  # asked once, while no other thread writes
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:

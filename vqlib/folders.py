@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vqlib.files import umask
+from vqlib.files import UMASK
 
 STALE_AFTER = 3600.0  # seconds after which a half-written sibling is taken for the remains of a killed process
 _SWAP = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
@@ -38,7 +38,7 @@ def write_folder(folder: Path, may_replace: Collection[str]) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~umask())  # mkdtemp makes private folders; a checkpoint is an ordinary one
+        partial.chmod(0o777 & ~UMASK)  # mkdtemp makes private folders; a checkpoint is an ordinary one
         for path in sorted(partial.rglob("*")):
             _flush(path)
         _flush(partial)

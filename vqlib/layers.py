@@ -211,6 +211,10 @@ class CandidateLinear(nn.Module):
         self.chosen = self.candidates.gather(1, self.winners().unsqueeze(1))
         self.logits.requires_grad_(False).grad = None
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.chosen = None  # other ratios may come
+        super()._load_from_state_dict(*args, **kwargs)
+
     def harden(self, codewords: Tensor | None = None) -> VQLinear:
         """The packed layer in which every sub-vector takes its winner; `codewords` lets layers share one codebook."""
         assignments = self.candidates.gather(1, self.winners().unsqueeze(1)).squeeze(1)

@@ -12,6 +12,7 @@ from vqlib.tables import save_table
 
 QUOTED = DATA / "paper" / "fid.csv"
 FULL_PRECISION = "full precision"
+PAPER = "VQ4DiT, paper's recipe"  # what the quoted figures of VQ4DiT stand beside; row VQ4DiT is this library's own
 MARK = "†"  # before the name of every quoted column
 KEPT = ("sFID", "precision", "recall", "accuracy")
 
@@ -29,14 +30,15 @@ def quoted_figures(path: str | Path = QUOTED) -> pd.DataFrame:
         notes = [f"{row.images // 1000}k"] if row.images != 10_000 else []
         notes += [f"{row.timesteps:g} steps"] if row.timesteps == row.timesteps else []
         text += f" ({', '.join(notes)})" if notes else ""
-        cells.setdefault((row.method, row.bits), {})[f"{MARK} FID, {row.model} {row.resolution}"] = text
+        method = PAPER if row.method == "VQ4DiT" else row.method
+        cells.setdefault((method, row.bits), {})[f"{MARK} FID, {row.model} {row.resolution}"] = text
     frame = pd.DataFrame.from_dict(cells, orient="index")
     frame.index = pd.MultiIndex.from_tuples(cells, names=["method", "bits"])
     return frame
 
 
 def compact(table: pd.DataFrame, quoted: pd.DataFrame | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """`main_table`'s rows as a paper's: every figure of the first steps, then the distances at the other steps.
+    """`main_table`'s rows as a paper's: every figure of the first row's steps and images, then the distances at the others.
 
     `quoted` adds its columns, and lines for methods that only others have run. With the table come the options that
     `save_table` and `markdown` print it with: the best of each bit width is bold, full precision and quoted lines are
@@ -45,9 +47,12 @@ def compact(table: pd.DataFrame, quoted: pd.DataFrame | None = None) -> tuple[pd
     distance = next(name for name in table if name.startswith(("FID", "FD")))
     score = next(name for name in table if name.startswith("IS"))
     lines = table.groupby(["method", table["bits"].fillna(0)], sort=False)
+    conditions = table.iloc[0][["steps", "images"]]
     rows = []
     for (method, bits), runs in lines:
         first = runs.iloc[0]
+        if (first[["steps", "images"]] != conditions).any():
+            continue  # not finished: figures of fewer images would stand under those of all others
         row = {"method": method, "bits": bits or None, "bits stored": first["bits per weight"]}
         row |= {"MiB": first["size (MiB)"], title(distance, first): first[distance]}
         row |= {name: first[name] for name in (KEPT[0], score, *KEPT[1:]) if name in table}

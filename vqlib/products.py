@@ -2,8 +2,8 @@
 
 torch hands float32 products on a CPU to MKL, and MKL keeps to AVX2 on processors that are not Intel's. There oneDNN,
 which torch has too and calls for convolutions, makes the same product with AVX-512 in half the time: a linear layer over
-tokens is a convolution of width 1. Elsewhere, and for few rows, `F.linear` stays. Within `products_in(torch.bfloat16)`
-the factors are rounded to bfloat16 first, and only they: sums, activations and results stay float32.
+tokens is a convolution of width 1. Elsewhere, and for rows that are no tokens, `F.linear` stays. Within
+`products_in(torch.bfloat16)` factors and product of a linear layer are rounded to bfloat16, forward and backward.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
-_factors: ContextVar[torch.dtype | None] = ContextVar("dtype of a product's factors", default=None)
+_dtype: ContextVar[torch.dtype | None] = ContextVar("dtype of products", default=None)
 
 
 @contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block `linear` rounds the factors of float32 products to `dtype`, also in the backward pass."""
-    token = _factors.set(None if dtype == torch.float32 else dtype)
+    """Within the block `linear` makes float32 products in `dtype`, forward and backward; inputs and outputs stay float32.
+
+    Attention, the embedders and the final layer are not `linear`'s, and a compiled model is left as it is.
+    """
+    token = _dtype.set(None if dtype == torch.float32 else dtype)
     try:
         yield
     finally:
-        _factors.reset(token)
+        _dtype.reset(token)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,11 +55,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    dtype = _factors.get()
+    dtype = _dtype.get()
     if dtype is not None:
         product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
         return product if bias is None else product + bias
-    if x.dim() != 3 or x.device.type != "cpu" or not ONEDNN_IS_FASTER:
+    if not (ONEDNN_IS_FASTER and x.dim() == 3 and x.numel() and x.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     image = x.transpose(1, 2).unsqueeze(-1)  # [R, tokens, in] -> [R, in, tokens, 1], channels last
     kernel = weight[:, :, None, None]  # [out, in] -> [out, in, 1, 1]

@@ -10,7 +10,7 @@ Files are replaced as a whole; records are appended, and a line that a kill has 
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,13 @@ class RunFolder:
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
-            if self._records:
-                self._records.close()
-                self._records = None
-            self._lock.release()
+            try:
+                self._writer.shutdown()
+            finally:  # even where a second interrupt does not wait
+                if self._records:
+                    self._records.close()
+                    self._records = None
+                self._lock.release()
 
     def append(self, record: Record) -> None:
         """Add one line to records.jsonl."""
@@ -87,15 +89,21 @@ class RunFolder:
 
         What went wrong with the writing of one checkpoint is raised by the next `save`, by `wait`, or by `close`.
         """
-        self.wait()
-        what = self.path / "state.safetensors", copies(tensors), {"iteration": str(iteration)}
-        self._writing = self._writer.submit(write_copies, *what)
+        try:
+            self.wait()
+        finally:  # whatever became of the one before
+            self._writing = self._writer.submit(self._write, copies(tensors), iteration)
 
     def wait(self) -> None:
         """Until the checkpoint saved last is on the disk."""
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+        if self._writing:
+            wait([self._writing])  # an interrupt here leaves it to be waited for again
+            written, self._writing = self._writing, None
+            written.result()
+
+    def _write(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """In the writer's thread; a method, so that the folder's lock lives as long as its writing."""
+        write_copies(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""

@@ -143,8 +143,8 @@ class RunView(View):
             self.state = "failed"
             self._fail(error, Task(self, self._newest))
         finally:
-            self.calibration.close()
             self._first.set()
+            self.calibration.close()
         if self.state != "failed" and self.records:
             self.request()
 
