@@ -281,13 +281,14 @@ def test_a_layer_with_nothing_left_to_choose_costs_no_more_than_its_codebook_and
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path, monkeypatch):
-    released, write = threading.Event(), runs.write_copies
+    released, write = threading.Event(), runs.write_tensors
 
     def slow(path, tensors, metadata):
         assert released.wait(30)
         return write(path, tensors, metadata)
 
-    monkeypatch.setattr(runs, "write_copies", slow)
+    monkeypatch.setattr(runs, "write_tensors", slow)
+    monkeypatch.setattr(runs, "on_accelerator", lambda tensors: True)
     pipe, student = prepared()
     run = calibrate(pipe, student, SETTINGS, out=tmp_path)
     next(run), next(run)  # a checkpoint is due after the second step
@@ -307,7 +308,8 @@ def test_a_checkpoint_that_could_not_be_written_is_not_passed_over(tmp_path, mon
 
     pipe, student = prepared()
     run = calibrate(pipe, student, SETTINGS, out=tmp_path)
-    monkeypatch.setattr(runs, "write_copies", full)
+    monkeypatch.setattr(runs, "write_tensors", full)
+    monkeypatch.setattr(runs, "on_accelerator", lambda tensors: True)
     with pytest.raises(OSError, match="No space left"):
         list(run)  # told when the next checkpoint is due
     assert run.iteration == 4

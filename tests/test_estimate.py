@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 
 import pytest
@@ -80,3 +81,9 @@ def test_probing_leaves_the_model_as_it_was():
     estimate(pipe, JOB.with_settings({"vq.k": 16, "vq.d": 2}))
     assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
     assert len(models.block_list(pipe.transformer)) == 2 and VQConfig(k=16, d=2).bits == 2
+
+
+def test_a_pipeline_without_a_vae_is_estimated_where_no_images_are_asked_for():
+    pipe = dataclasses.replace(tiny.pipeline(), vae=None)
+    found = estimate(pipe, JOB.with_settings({"images": 0}))
+    assert found.seconds["calibration"] > 0 and found.seconds["sampling"] == found.disk["sampling"] == 0

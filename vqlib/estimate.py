@@ -94,7 +94,7 @@ def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.devic
     seconds["sampling"] += _decoding(pipe, job, device) if pipe and job.images else 0.0
     checkpoints = int(2 * run.state / share)  # the old one and the new one
     disk = {"codebooks": 0, "calibration": checkpoints + _packed(geometry, job.vq)}
-    disk["sampling"] = job.images * _image_bytes(pipe, geometry)
+    disk["sampling"] = job.images * _image_bytes(pipe, geometry) if job.images else 0
     return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run), disk)
 
 

@@ -55,17 +55,26 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file of `copies`; returns the path."""
-    return write_copies(path, copies(tensors), metadata)
+    """Write a safetensors file; returns the path. Copied first is only what is elsewhere, strided, or shares memory."""
+    with replacing(path) as temporary:
+        save_file(_apart(tensors), temporary, metadata=metadata)
+    return Path(path)
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, on the CPU, each with memory of its own as safetensors demands."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """The tensors as they are now, on the CPU: what is done to the originals later does not reach them."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def write_copies(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file of tensors that `copies` gave; returns the path."""
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-    return Path(path)
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU, each with memory of its own, as safetensors demands."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.numel() * tensor.element_size() or memory.data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found

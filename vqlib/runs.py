@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqlib.files import copies, remove_remains, write_bytes, write_copies
+from vqlib.files import copies, remove_remains, write_bytes, write_tensors
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,13 @@ class RunFolder:
         self._records.flush()
 
     def save(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Write the checkpoint of `iteration` in place of the last one: copied now, written while the run goes on.
+        """Write the checkpoint of `iteration` in place of the last one.
 
-        What went wrong with the writing of one checkpoint is raised by the next `save`, by `wait`, or by `close`.
+        On a GPU it is copied to the host now and written while the run goes on; what went wrong there is raised by the
+        next `save`, by `wait`, or by `close`. A run on the CPU waits: it could spare neither the cores nor the memory.
         """
+        if not on_accelerator(tensors):
+            return self._write(tensors, iteration)
         try:
             self.wait()
         finally:  # whatever became of the one before
@@ -102,8 +105,8 @@ class RunFolder:
             written.result()
 
     def _write(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """In the writer's thread; a method, so that the folder's lock lives as long as its writing."""
-        write_copies(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
+        """A method, so that in the writer's thread the folder's lock lives as long as its writing."""
+        write_tensors(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""
@@ -135,6 +138,11 @@ class RunFolder:
         for key, old, new in _differences(json.loads(path.read_text()), settings):
             self.close()
             raise RuntimeError(f"{self.path} holds a run with {key}={old}, now {key}={new}; give `out` another folder")
+
+
+def on_accelerator(tensors: dict[str, Tensor]) -> bool:
+    """Whether some of the tensors are not on the CPU."""
+    return any(tensor.device.type != "cpu" for tensor in tensors.values())
 
 
 def read_records(folder: str | Path) -> list[Record]:
