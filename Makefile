@@ -23,7 +23,7 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
 	@cat $(TOUR)/summary.txt
 
-test: $(STAMP)  ## all tests but those in a browser
+test: $(STAMP)  ## all tests but those in a browser and of the CUDA kernels
 	$(BIN)/python -m pytest tests
 
 kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)

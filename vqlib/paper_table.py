@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from vqlib.models import DATA
+from vqlib.styles import FULL_PRECISION
 from vqlib.tables import save_table
 
 QUOTED = DATA / "paper" / "fid.csv"
-FULL_PRECISION = "full precision"
 PAPER = "VQ4DiT, paper's recipe"  # what the quoted figures of VQ4DiT stand beside; row VQ4DiT is this library's own
 MARK = "†"  # before the name of every quoted column
 KEPT = ("sFID", "precision", "recall", "accuracy")

@@ -44,8 +44,9 @@ VENUES = {  # from each author kit's \textwidth and \columnsep
 
 # Okabe and Ito's color-blind-safe set, with a wine red, a brown and an indigo of Paul Tol's; markers tell methods apart
 # in gray print.
+FULL_PRECISION = "full precision"
 METHOD_COLORS = {
-    "full precision": "#333333",
+    FULL_PRECISION: "#333333",
     "k-means": "#E69F00",
     "codebook only": "#56B4E9",
     "VQ4DiT": "#0072B2",

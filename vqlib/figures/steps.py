@@ -7,9 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import method_color, method_marker, new_figure
+from vqlib.styles import FULL_PRECISION, method_color, method_marker, new_figure
 
-FULL_PRECISION = "full precision"
 LINES = {2: "-", 3: "--", 4: ":"}  # by bits
 
 
