@@ -46,6 +46,7 @@ tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 
 bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry (assignment wants faiss-cpu and scikit-learn)
 	$(BIN)/python benchmarks/bench_assignment.py --threads 2
 	$(BIN)/python benchmarks/bench_codebooks.py --threads 2
+	$(BIN)/python benchmarks/bench_feedback.py --threads 2
 	$(BIN)/python benchmarks/bench_calibration.py --model dit-mini-fashion --batch 16 --iterations 40 --floors 20 --threads 2
 	$(BIN)/python benchmarks/bench_calibration.py --batch 2 --iterations 20 --resume --estimate --threads 2
 	$(BIN)/python benchmarks/bench_inference.py speed --threads 2

@@ -1,10 +1,13 @@
 """Rows are made once, shared between groups, and kept apart by everything they depend on."""
 
+import dataclasses
+
 import pytest
 import tiny
 
 from vqlib import ablations
-from vqlib.ablations import SCOPES, Ablation, Setting, standard_settings
+from vqlib.ablation_settings import SCOPES, Setting, standard_settings
+from vqlib.ablations import Ablation
 from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 
 GEOMETRY = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
@@ -50,7 +53,7 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
     for scope, group in SCOPES.items():
         found = by_group[group]
         names = ["k-means", *(f"paper, n = {n}" for n in (1, 2, 3, 4)), "release, n = 2"]
-        assert [name for name in found if "steps" not in name] == [*names, *(f"best, n = {n}" for n in (1, 2, 3, 4))]
+        assert [name for name in found if "steps" not in name] == [*names, *(f"best, n = {n}" for n in (1, 2, 3))]
         assert {s.vq.codebook_scope for s in found.values()} == {scope}
         assert {s.calibration.iterations for n, s in found.items() if s.calibration and "steps" not in n} == {7}
         released, best = found["release, n = 2"], found["best, n = 2"]
@@ -58,11 +61,45 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         assert best.calibration == RECIPES["best"].replace(iterations=7)
         assert best.vq == RECIPE_VQ["best"].replace(codebook_scope=scope)
     best = by_group["a codebook per layer"]["best, n = 2"]
-    for group, found in by_group.items():
-        if group in SCOPES.values():
-            continue
+    shape = {"codebook_scope", "candidates"}
+    pieces = {
+        "best: assignments": {"assignment", "ratio_start", "candidates"},
+        "best: ratio start": {"ratio_start"},
+        "best: hardening": {"ratio_loss_when", "freeze_rule"},
+        "paper: k, d at 2 bits": {"k", "d"},
+        "paper: ratio start, ratio loss": {"ratio_start", "ratio_loss"},
+        "paper: block inputs": {"block_inputs"},
+        "paper: calibration inputs": {"inputs"},
+        "paper: n, codebook per layer": shape,
+        "paper: n, one codebook": shape,
+        "mean loss: n, codebook per layer": shape | {"block_loss"},
+        "mean loss: n, one codebook": shape | {"block_loss"},
+        "λ_r, codebook per layer": shape | {"lambda_r", "block_loss"},
+        "λ_r, one codebook": shape | {"lambda_r", "block_loss"},
+        "codebook rate, one codebook": shape | {"lr_codebooks"},
+        "steps, one codebook": shape | {"iterations"},
+        "trained at n = 1, one codebook": shape | {"train_codebooks", "train_biases"},
+    }
+    assert set(pieces) == by_group.keys() - set(SCOPES.values())
+    for group, allowed in pieces.items():
         start = (best.calibration, best.vq) if group.startswith("best") else (base, vq)
-        for setting in found.values():
-            changed = {k for k, v in setting.calibration.to_dict().items() if v != start[0].to_dict()[k]}
-            changed |= {k for k, v in setting.vq.to_dict().items() if v != start[1].to_dict()[k]}
-            assert len(changed - {"k", "d"}) <= 2, (setting, changed)
+        changed = set()
+        for setting in by_group[group].values():
+            for now, before in ((setting.calibration, start[0]), (setting.vq, start[1])):
+                changed |= {k for k, v in dataclasses.asdict(now).items() if v != getattr(before, k)}
+        assert changed - {"k", "d"} <= allowed and changed & allowed, (group, changed)
+
+
+def test_where_n_1_and_n_3_are_compared_each_condition_has_both():
+    settings = standard_settings(VQConfig(candidates=3), CalibrationConfig(iterations=8))
+    for group in ("codebook rate, one codebook", "steps, one codebook"):
+        found = [s for s in settings if s.group == group]
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        assert len(pairs) == 3
+        for one, three in pairs:
+            assert one.calibration == three.calibration and one.vq.replace(candidates=3) == three.vq
+    for group, scope in (("λ_r, codebook per layer", "layer"), ("λ_r, one codebook", "model")):
+        several = [s.calibration for s in settings if s.group == group and s.vq.candidates == 3]
+        weights = [(c.block_loss, c.lambda_r) for c in several]
+        assert weights == [("sum", 1.0), *(("mean", w) for w in (1e-4, 1e-3, 1e-2, 1e-1, 1.0))]
+        assert {s.vq.codebook_scope for s in settings if s.group == group} == {scope}

@@ -6,19 +6,20 @@ import torch
 
 from vqlib import models
 from vqlib.baselines import full_precision, packed, replace_weights
-from vqlib.baselines.error_feedback import assign_with_feedback, error_feedback, refit
-from vqlib.baselines.feedback import damped, quantize_columns, weighted_error
 from vqlib.baselines.gptq import gptq
 from vqlib.baselines.grid import fit_grid
-from vqlib.baselines.hessians import input_hessians
 from vqlib.calibrate import calibrate
+from vqlib.candidates import find_candidates
 from vqlib.checkpoint import load_transformer, save
 from vqlib.codebook import fit_codebook
 from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.error_feedback import candidates_with_feedback, refit
+from vqlib.feedback import damped, quantize_columns, weighted_error
+from vqlib.hessians import input_hessians
 from vqlib.quantize import harden, quantize
 
 SETTINGS = CalibrationConfig(batch_size=4, steps=5, iterations=2)
-VQ = VQConfig(k=8, d=4, candidates=1)
+VQ = VQConfig(k=8, d=4, candidates=1, assignment="error-feedback")
 
 
 def weight_and_hessian(out=24, inputs=16, seed=0):
@@ -145,7 +146,8 @@ def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
     def error(assignments, codewords):
         return weighted_error(weight - codewords[assignments].reshape(weight.shape), hessian)
 
-    nearest, chosen = codebook.assignments, assign_with_feedback(weight, hessian, codebook.codewords)
+    nearest = codebook.assignments
+    chosen = candidates_with_feedback(weight, hessian, codebook.codewords).indices[:, 0].long()
     assert error(chosen, codebook.codewords) < 0.9 * error(nearest, codebook.codewords)
     for assignments in (nearest, chosen):
         better = refit(weight, hessian, assignments, codebook.codewords)
@@ -155,15 +157,50 @@ def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
             assert error(assignments, better) < error(assignments, aside)
 
 
+def test_with_independent_inputs_of_one_size_feedback_offers_the_nearest_codewords_with_their_ratios():
+    weight, _ = weight_and_hessian()
+    codewords = fit_codebook(weight.reshape(-1, 4), 8).codewords
+    plain = find_candidates(weight.reshape(-1, 4), codewords, 3, "distance")
+    found = candidates_with_feedback(weight, torch.eye(16), codewords, 3, "distance")
+    assert torch.equal(found.indices, plain.indices) and found.indices.dtype == torch.uint8
+    assert torch.allclose(found.ratios, plain.ratios, atol=1e-4)
+
+
+def test_other_candidates_do_not_change_the_assignments_and_come_in_order_of_the_weighted_error():
+    """The last columns are the last to be quantized: nothing is passed on, only their own block of U counts."""
+    weight, hessian = weight_and_hessian()
+    codewords = fit_codebook(weight.reshape(-1, 4), 8).codewords
+    one = candidates_with_feedback(weight, hessian, codewords, 1)
+    four = candidates_with_feedback(weight, hessian, codewords, 4, "leading")
+    assert torch.equal(one.indices[:, 0], four.indices[:, 0])
+    assert all(len(set(row)) == 4 for row in four.indices.tolist())
+    last = int(hessian.diagonal().reshape(-1, 4).sum(dim=1).argmin())  # group of columns
+    chosen = codewords[one.indices[:, 0].long()].view(24, 4, 4)  # [out, in / d, d]
+    for row in range(24):
+        errors = []
+        for code in four.indices.view(24, 4, 4)[row, last].tolist():
+            trial = chosen[row].clone()
+            trial[last] = codewords[code]
+            errors.append(weighted_error(weight[row : row + 1] - trial.view(1, 16), hessian))
+        assert errors == sorted(errors)
+
+
+def test_feedback_needs_the_second_moments_of_every_layer(pipe, hessians):
+    missing = {name: h for name, h in hessians.items() if name != "transformer_blocks.1.ff.net.2"}
+    for given in (None, missing):
+        with pytest.raises(ValueError, match=r"'error-feedback' needs hessians=vqlib.input_hessians\(pipe\), not given for trans"):
+            quantize(pipe.transformer, VQ, hessians=given)
+
+
 def test_error_feedback_gives_a_student_that_calibrates_and_packs(pipe, hessians, tmp_path):
-    student = error_feedback(pipe, VQ, hessians)
-    alone = harden(error_feedback(pipe, VQ, hessians))
+    student = quantize(pipe.transformer, VQ, hessians=hessians)
+    alone = harden(quantize(pipe.transformer, VQ, hessians=hessians))
     run = calibrate(pipe, student, SETTINGS)
     before = {name: layer.candidates.clone() for name, layer in run.layers.items()}
     made = run.finish()
     assert run.iteration == 2 and not torch.equal(_weight(made, next(iter(before))), _weight(alone, next(iter(before))))
     assert all(torch.equal(layer.candidates, before[name]) for name, layer in run.layers.items())
-    kmeans = harden(quantize(pipe.transformer, VQ))
+    kmeans = harden(quantize(pipe.transformer, VQ.replace(assignment="nearest")))
     assert output_error(pipe, alone, hessians) < output_error(pipe, kmeans, hessians)
     loaded = load_transformer(save(alone, tmp_path / "packed"))
     name = next(iter(before))
@@ -171,7 +208,7 @@ def test_error_feedback_gives_a_student_that_calibrates_and_packs(pipe, hessians
 
 
 def test_error_feedback_keeps_a_shared_codebook_shared(pipe, hessians):
-    student = error_feedback(pipe, VQConfig(k=8, d=4, candidates=1, codebook_scope="model"), hessians)
+    student = quantize(pipe.transformer, VQ.replace(codebook_scope="model"), hessians=hessians)
     layers = [student.get_submodule(name) for name in hessians]
     assert len({id(layer.codebook) for layer in layers}) == 1 and all(layer.scale is not None for layer in layers)
 
@@ -187,7 +224,7 @@ def test_sizes_count_everything_that_is_stored(pipe, hessians):
     assert found.bits_per_weight == pytest.approx(4 + groups * 20 / weights)
     rest = half.size_bytes - 2 * weights  # everything else in half precision
     assert found.size_bytes == pytest.approx(rest + (4 * weights + 20 * groups) / 8, abs=2)
-    codes = packed("k-means", harden(quantize(pipe.transformer, VQ)))
+    codes = packed("GPTVQ-like", harden(quantize(pipe.transformer, VQ, hessians=hessians)))
     layers = len(models.quantizable(pipe.transformer))
     assert codes.bits_per_weight == pytest.approx(3 / 4 + layers * 8 * 4 * 32 / weights)
     assert codes.size_bytes == pytest.approx(rest + weights * codes.bits_per_weight / 8, abs=2)

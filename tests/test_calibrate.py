@@ -37,11 +37,15 @@ def test_the_error_of_the_blocks_falls():
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
-def test_streaming_equals_a_plain_loop_over_the_whole_model():
+@pytest.mark.parametrize(("reduction", "size"), [("mean", 1), ("sum", 16 * 32)])  # the tiny model's tokens · channels
+def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     """The slow twin: collect every block's input and output first, then one loss, one backward, one optimizer."""
-    pipe, student = prepared()
-    twin = copy.deepcopy(student)
-    records = list(calibrate(pipe, student, SETTINGS))
+    pipe, student = prepared(GEOMETRY.replace(candidates=2, ratio_start="distance"))  # Eq. 9 acts from the first step on
+    twin, other = copy.deepcopy(student), copy.deepcopy(student)
+    records = list(calibrate(pipe, student, SETTINGS.replace(block_loss=reduction)))
+    list(calibrate(pipe, other, SETTINGS.replace(block_loss="sum" if reduction == "mean" else "mean")))
+    logits, others = (m.transformer_blocks[0].ff.net[2].logits for m in (student, other))
+    assert (logits - others).abs().mean() > 0.01  # which of the two counts
 
     soft = [m for m in twin.modules() if isinstance(m, CandidateLinear)]
     rates = [{"params": [m.logits for m in soft], "lr": 5e-2}]
@@ -67,7 +71,7 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model():
         output = teacher(trajectory.inputs(), seen)
         blocks = models.block_list(twin)
         per_block = [(b(*a, **k) - out).pow(2).mean() for b, (a, k, out) in zip(blocks, seen, strict=True)]
-        loss = sum(per_block) + sum(absolute_ratio_loss(m.logits) for m in soft)
+        loss = size * sum(per_block) + sum(absolute_ratio_loss(m.logits) for m in soft)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,6 +24,15 @@ def test_distance_start_makes_ratios_inversely_proportional_to_distance():
     assert found.logits[0, 0].item() == pytest.approx(math.log(3), abs=1e-4)
 
 
+def test_leading_start_gives_the_nearest_nine_tenths_and_the_others_the_rest():
+    for n in (2, 3):
+        found = find_candidates(torch.randn(5, 2), torch.randn(9, 2), n, "leading")
+        assert torch.allclose(found.ratios[:, 0], torch.full((5,), 0.9))
+        assert torch.allclose(found.ratios[:, 1:], torch.full((5, n - 1), 0.1 / (n - 1)))
+    with pytest.raises(ValueError, match="ratio start 'leader' is not one of 'equal', 'distance', 'least-squares', 'leading'"):
+        find_candidates(torch.randn(5, 2), torch.randn(9, 2), 2, "leader")
+
+
 def test_least_squares_start_reconstructs_a_point_between_its_candidates():
     codewords = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     found = find_candidates(torch.tensor([[1.5, 1.0]]), codewords, 3, "least-squares")

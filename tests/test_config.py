@@ -35,10 +35,17 @@ def test_every_recipe_survives_a_round_trip_through_a_dict():
 
 def test_every_recipe_has_its_candidates_and_start_at_any_bits():
     assert set(RECIPES) == set(RECIPE_VQ)
-    assert recipe_vq("best", 3) == VQConfig(bits=3, candidates=2, ratio_start="least-squares")
+    assert recipe_vq("best", 3) == VQConfig(bits=3, candidates=2, ratio_start="leading", assignment="error-feedback")
     assert recipe_vq("paper", candidates=5) == VQConfig(bits=2, candidates=5)
     with pytest.raises(ValueError, match="recipe 'papr' is not one of"):
         recipe_vq("papr")
+
+
+def test_the_paper_weighs_the_squared_norm_and_the_release_the_mean():
+    assert {name: settings.block_loss for name, settings in RECIPES.items()} == {"paper": "sum", "release": "mean", "best": "sum"}
+    assert RECIPES["paper"] == CalibrationConfig()
+    with pytest.raises(ValueError, match=r"block_loss='norm' is not one of \('mean', 'sum'\)"):
+        CalibrationConfig(block_loss="norm")
 
 
 def test_unknown_names_are_refused():

@@ -11,6 +11,7 @@ from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, r
 from vqlib.estimate import Estimate, estimate
 from vqlib.evaluate import Metrics, evaluate
 from vqlib.frechet import frechet_distance
+from vqlib.hessians import input_hessians
 from vqlib.inference import cached_modulation, set_mode
 from vqlib.kernels import assign, nearest
 from vqlib.layers import CandidateLinear, VQLinear
@@ -44,6 +45,7 @@ __all__ = [
     "fit_codebook",
     "frechet_distance",
     "harden",
+    "input_hessians",
     "load",
     "load_transformer",
     "nearest",

@@ -64,7 +64,8 @@ def estimate_job(job: Preset, options: argparse.Namespace) -> None:
 
 def quantize_job(job: Preset, options: argparse.Namespace) -> None:
     """k-means only: every sub-vector with its nearest codeword."""
-    packed_model(_load(job, options), job.vq, None, options.out / "k-means", options.seed)
+    nearest = job.vq.replace(assignment="nearest")
+    packed_model(_load(job, options), nearest, None, options.out / "k-means", options.seed)
     print(f"packed: {options.out / 'k-means' / 'packed'}")
 
 
@@ -148,9 +149,10 @@ def _job(options: argparse.Namespace) -> Preset:
     settings = dict(_setting(text) for text in options.set)
     if options.recipe != "paper":
         vq, start = RECIPE_VQ[options.recipe], preset(options.preset).calibration
+        codes = {f"vq.{name}": getattr(vq, name) for name in ("candidates", "ratio_start", "assignment")}
         changed = recipe(options.recipe, checkpoint_every=start.checkpoint_every)
         own = {f"calibration.{name}": value for name, value in changed.to_dict().items()}
-        settings = own | {"vq.candidates": vq.candidates, "vq.ratio_start": vq.ratio_start} | settings
+        settings = own | codes | settings
     return preset(options.preset).with_settings(settings)
 
 

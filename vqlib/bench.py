@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from vqlib import models
 from vqlib.baselines import Baseline, full_precision, packed
-from vqlib.baselines.error_feedback import error_feedback
 from vqlib.baselines.gptq import gptq
-from vqlib.baselines.hessians import input_hessians
 from vqlib.baselines.round_to_nearest import round_to_nearest
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
 from vqlib.experiments import content_key, measure, packed_model, reference_fingerprint
 from vqlib.files import write_bytes
 from vqlib.fingerprint import fingerprint
+from vqlib.hessians import input_hessians
 from vqlib.models import Pipeline
-from vqlib.paper_table import FULL_PRECISION, PAPER
+from vqlib.paper_table import FULL_PRECISION, NEAREST, PAPER
 from vqlib.references import load_reference
 from vqlib.table_rows import Row, TableConfig
 
@@ -66,24 +65,24 @@ class Bench:
         """The row's transformer, made or loaded."""
         return METHODS[row.method](self, row.bits)
 
-    def vq4dit(self, name: str, bits: int) -> Baseline:
-        """Candidates, ratios and codebooks calibrated together by a named recipe."""
-        return self.vector_quantized(f"vq4dit-{name}", recipe_vq(name, bits), self._recipe(name))
+    def vq(self, method: str, bits: int) -> VQConfig:
+        """The codes of a vector-quantized method: candidates and how they are found."""
+        if method in (PAPER, "VQ4DiT"):
+            return recipe_vq("paper" if method == PAPER else self.config.recipe, bits)
+        if method == NEAREST:
+            return recipe_vq(self.config.recipe, bits, assignment="nearest", ratio_start="least-squares")
+        return VQConfig(bits=bits, candidates=1, assignment="error-feedback" if method.startswith("GPTVQ") else "nearest")
 
-    def vector_quantized(
-        self, method: str, vq: VQConfig, settings: CalibrationConfig | None, feedback: bool = False
-    ) -> Baseline:
+    def vector_quantized(self, method: str, bits: int, settings: CalibrationConfig | None = None) -> Baseline:
         """A packed model in a folder named by all it depends on; `settings` None: not calibrated."""
-
-        def error_feedback_student():
-            return error_feedback(self.pipe, vq, self.hessians, self.config.seed)
-
+        vq = self.vq(method, bits)
         about = {"vq": vq.to_dict(), "settings": settings and settings.to_dict(), "seed": self.config.seed}
-        about |= {"feedback": self.config.hessian_batches if feedback else 0, "source": self._shared["transformer"]}
+        about |= {"hessian_batches": self.config.hessian_batches, "source": self._shared["transformer"]}
         name = re.sub(r"[^a-z0-9]+", "-", f"{method} {vq.bits}bit".lower())
         folder = self.folder / "models" / f"{name}-{content_key(about)[:8]}"
-        start = error_feedback_student if feedback else None
-        return packed(method, packed_model(self.pipe, vq, settings, folder, self.config.seed, start), about)
+        how = settings, folder, self.config.seed, self.config.hessian_batches
+        return packed(method, packed_model(self.pipe, vq, *how), about)
+
 
     def path(self, row: Row) -> Path:
         """The file of a finished row."""
@@ -99,12 +98,10 @@ class Bench:
         if row.method in ("RTN", "GPTQ"):
             found = {"group_size": GROUP_SIZES[row.bits]}
         else:
-            recipes = {"VQ4DiT": self.config.recipe, PAPER: "paper"}
-            single = row.method not in recipes
-            found = {"vq": (_single(row.bits) if single else recipe_vq(recipes[row.method], row.bits)).to_dict()}
+            found = {"vq": self.vq(row.method, row.bits).to_dict()}
         if row.method not in ("RTN", "k-means"):
             found["settings"] = self._recipe("paper" if row.method == PAPER else self.config.recipe).to_dict()
-        if row.method.startswith("GPT"):
+        if row.method == "GPTQ" or found.get("vq", {}).get("assignment") == "error-feedback":
             found["hessian_batches"] = self.config.hessian_batches
         return found
 
@@ -137,21 +134,17 @@ class Bench:
         return found | {"bits_per_weight": baseline.bits_per_weight, "size_bytes": baseline.size_bytes}
 
 
+def _calibrated(method: str, bench: Bench, bits: int) -> Baseline:
+    return bench.vector_quantized(method, bits, bench.settings)
+
+
 Method = Callable[[Bench, int | None], Baseline]
 METHODS: dict[str, Method] = {
     FULL_PRECISION: lambda bench, bits: full_precision(bench.pipe.transformer),
     "RTN": lambda bench, bits: round_to_nearest(bench.pipe, bits, GROUP_SIZES[bits]),
     "RTN, per channel": lambda bench, bits: round_to_nearest(bench.pipe, bits),
     "GPTQ": lambda bench, bits: gptq(bench.pipe, bits, bench.hessians, GROUP_SIZES[bits]),
-    "k-means": lambda bench, bits: bench.vector_quantized("k-means", _single(bits), None),
-    "codebook only": lambda bench, bits: bench.vector_quantized("n1", _single(bits), bench.settings),
-    "GPTVQ-like": lambda bench, bits: bench.vector_quantized("ef", _single(bits), None, True),
-    "GPTVQ-like, calibrated": lambda bench, bits: bench.vector_quantized("ef", _single(bits), bench.settings, True),
-    "VQ4DiT": lambda bench, bits: bench.vq4dit(bench.config.recipe, bits),
-    PAPER: lambda bench, bits: bench.vq4dit("paper", bits),
-}
-
-
-def _single(bits: int) -> VQConfig:
-    """One candidate: nothing to choose."""
-    return VQConfig(bits=bits, candidates=1)
+    "k-means": lambda bench, bits: bench.vector_quantized("k-means", bits),
+    "GPTVQ-like": lambda bench, bits: bench.vector_quantized("GPTVQ-like", bits),
+    PAPER: lambda bench, bits: bench.vector_quantized(PAPER, bits, bench._recipe("paper")),
+} | {name: partial(_calibrated, name) for name in ("codebook only", "GPTVQ-like, calibrated", NEAREST, "VQ4DiT")}

@@ -139,7 +139,7 @@ class Calibration(Iterator[Record]):
                 with torch.enable_grad():
                     own = self.blocks[index](hidden, *args[1:], **kwargs)
                     loss = block_loss(own, output)
-                    self._backward(self.config.lambda_d * loss, self.blocks[index], push)
+                    self._backward(self._lambda_d(output) * loss, self.blocks[index], push)
                 losses.append(loss.item())
                 self.optimizers.step(index)
                 if self.config.block_inputs == "student":
@@ -165,12 +165,17 @@ class Calibration(Iterator[Record]):
             output = teacher_output(self.pipe, inputs)
             student_output = models.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
         losses = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
-        loss = block_loss(student_output, output) if self.config.loss_at == "output" else sum(losses) / len(losses)
-        self._backward(self.config.lambda_d * loss, self.student, push)
+        at_output = self.config.loss_at == "output"
+        loss = block_loss(student_output, output) if at_output else sum(losses) / len(losses)
+        self._backward(self._lambda_d(output if at_output else targets[0]) * loss, self.student, push)
         for index in range(len(self.blocks)):
             self.optimizers.step(index)
         self.optimizers.step_shared()
         return output, [loss.item() for loss in losses]
+
+    def _lambda_d(self, output: Tensor) -> float:
+        """λ_d for a loss that is a mean; for one that is a sum over an image's tokens and channels, times their number."""
+        return self.config.lambda_d * (output[0].numel() if self.config.block_loss == "sum" else 1)
 
     def _backward(self, loss: Tensor, part: nn.Module, push: bool) -> None:
         """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`; L_r needs no graph, it sees the logits alone."""

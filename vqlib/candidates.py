@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vqlib import kernels
+from vqlib.config import RATIO_STARTS
 
 CHUNK = 1 << 13  # sub-vectors at a time: their [n, d] candidates stay in the cache
 LEAST_SQUARES_STEPS = 30
 LEAST_LOGIT = -6.0
+LEADING_RATIO = 0.9
 ROUNDING = 1e-6  # candidates closer to each other than this share of their squares are told apart by rounding only
 
 
@@ -33,7 +36,7 @@ def find_candidates(x: Tensor, codewords: Tensor, n: int, start: str = "equal") 
 
     `equal` starts every ratio at 1/n, as the paper; `distance` at r ∝ 1/‖w − c‖, as the authors' release:
     z_i = log(dist_n / (dist_i + 1e−5)); `least-squares` where the soft reconstruction (Eq. 7) is nearest to w, so that
-    calibration starts from less error than any single codeword leaves.
+    calibration starts from less error than any single codeword leaves; `leading` at 0.9 for the nearest, the rest shared.
     """
     k = len(codewords)
     if not 1 <= n <= k:
@@ -46,8 +49,11 @@ def find_candidates(x: Tensor, codewords: Tensor, n: int, start: str = "equal") 
         logits = (distance[:, -1:].clamp_min(1e-5) / (distance + 1e-5)).log().float()
     elif start == "least-squares":
         logits = _least_squares_logits(x, codewords, indices)
+    elif start == "leading":
+        logits = torch.zeros(indices.shape, dtype=torch.float32, device=x.device)
+        logits[:, 0] = math.log(LEADING_RATIO / (1 - LEADING_RATIO) * max(1, n - 1))
     else:
-        raise ValueError(f"ratio start {start!r} is not one of 'equal', 'distance', 'least-squares'")
+        raise ValueError(f"ratio start {start!r} is not one of {', '.join(map(repr, RATIO_STARTS))}")
     return Candidates(indices.to(index_dtype(k)), logits)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
+RATIO_STARTS = ("equal", "distance", "least-squares", "leading")
 
 
 class _Settings:
@@ -52,8 +53,11 @@ class VQConfig(_Settings):
     """How weights become codes: `k` codewords of length `d`, `candidates` n of them offered to each sub-vector.
 
     Give `bits` alone (2, 3, 4), or `k` and `d`; `bits` is then log2(k) / d. `codebook_scope` is what shares one codebook: a
-    layer, a block, or the whole model (then each layer keeps a scale of its own).
+    layer, a block, or the whole model (then each layer keeps a scale of its own). `assignment`: the candidates are the
+    codewords nearest to the weights, or those of error feedback, which needs the second moments of the layers' inputs.
     """
+
+    ADDED_LATER = frozenset({"assignment"})
 
     bits: float | None = None
     d: int | None = None
@@ -62,6 +66,7 @@ class VQConfig(_Settings):
     ratio_start: str = "equal"
     codebook_scope: str = "layer"
     kmeans_iterations: int = 100
+    assignment: str = "nearest"  # or "error-feedback"
 
     def __post_init__(self):
         if (self.k is None) != (self.d is None):
@@ -81,7 +86,8 @@ class VQConfig(_Settings):
         object.__setattr__(self, "bits", int(bits) if bits == int(bits) else bits)
         if not 1 <= self.candidates <= self.k:
             raise ValueError(f"candidates={self.candidates} is outside 1 … k={self.k}")
-        self._one_of("ratio_start", ("equal", "distance", "least-squares"))
+        self._one_of("ratio_start", RATIO_STARTS)
+        self._one_of("assignment", ("nearest", "error-feedback"))
         self._one_of("codebook_scope", ("layer", "block", "model"))
         self._positive("kmeans_iterations")
 
@@ -100,6 +106,7 @@ class CalibrationConfig(_Settings):
     timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
     block_inputs: str = "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
     loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
+    block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
     lambda_d: float = 1.0
     lambda_r: float = 1.0
     ratio_loss: str = "absolute"  # Eq. 9, 1 − |2r − 1|; "quadratic": n · r(1 − r)
@@ -125,6 +132,7 @@ class CalibrationConfig(_Settings):
         self._one_of("timestep_order", ("staggered", "sequential"))
         self._one_of("block_inputs", ("full", "student", "end-to-end"))
         self._one_of("loss_at", ("block", "output"))
+        self._one_of("block_loss", ("mean", "sum"))
         self._one_of("ratio_loss", ("absolute", "quadratic"))
         self._one_of("ratio_loss_when", ("always", "rising", "never"))
         self._one_of("train_codebooks", ("always", "frozen", "never"))
@@ -162,13 +170,15 @@ RECIPES = {
         guidance_scale=4.0,
         timestep_order="sequential",
         block_inputs="end-to-end",
+        block_loss="mean",
         ratio_loss="quadratic",
         ratio_loss_when="rising",
         train_codebooks="frozen",
         smoothing=0.9,
     ),
-    # What was found best here: no ratio loss at all. The most decided sub-vectors are frozen by a timetable while the
-    # block loss still moves the others, and the codebooks train on alone at the end.
+    # What was found best here: candidates of error feedback, the first one trusted (`RECIPE_VQ`), and no ratio loss at
+    # all. The most decided sub-vectors are frozen by a timetable while the block loss still moves the others, and the
+    # codebooks train on alone at the end.
     "best": CalibrationConfig(
         ratio_loss_when="never",
         freeze_rule="schedule",
@@ -179,7 +189,7 @@ RECIPES = {
 RECIPE_VQ = {
     "paper": VQConfig(),
     "release": VQConfig(candidates=2, ratio_start="distance"),
-    "best": VQConfig(candidates=2, ratio_start="least-squares"),
+    "best": VQConfig(candidates=2, ratio_start="leading", assignment="error-feedback"),
 }
 
 

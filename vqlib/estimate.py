@@ -24,6 +24,7 @@ from vqlib.calibrate import Calibration
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.diffusion import NoiseSchedule
 from vqlib.geometry import MIB, Geometry
+from vqlib.hessians import BATCHES, input_hessians
 from vqlib.layers import CandidateLinear
 from vqlib.models import Pipeline
 from vqlib.presets import Preset, preset
@@ -84,13 +85,14 @@ def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.devic
     _compile(job.vq, device)
     held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
     probe = _first_blocks(pipe, geometry, device)
-    fit, student = _timed(lambda: quantize(probe.transformer, job.vq), device)
+    hessians, moments = _moments(probe, job, device)
+    fit, student = _timed(lambda: quantize(probe.transformer, job.vq, hessians=hessians), device)
     run = _Steps(probe, student, job.calibration)
     calibration = run.seconds * job.calibration.iterations + run.checkpoint * _checkpoints(job.calibration)
     calibration += _moves(job.calibration) * run.teacher
     sampling = _sampling(probe.with_transformer(harden(student)), job, device) if job.images else 0.0
     share = len(models.block_list(student)) / geometry.depth
-    seconds = {"codebooks": fit / share, "calibration": calibration / share, "sampling": sampling / share}
+    seconds = {"codebooks": (fit + moments) / share, "calibration": calibration / share, "sampling": sampling / share}
     seconds["sampling"] += _decoding(pipe, job, device) if pipe and job.images else 0.0
     checkpoints = int(2 * run.state / share)  # the old one and the new one
     disk = {"codebooks": 0, "calibration": checkpoints + _packed(geometry, job.vq)}
@@ -117,12 +119,21 @@ class _Steps:
         self.teacher = min(_timed(call, device)[0] for _ in range(2))
 
 
+def _moments(probe: Pipeline, job: Preset, device: torch.device) -> tuple[dict[str, torch.Tensor] | None, float]:
+    """Second moments of the probe's inputs where error feedback needs them, and the seconds of all batches of them."""
+    if job.vq.assignment == "nearest":
+        return None, 0.0
+    tried, noise = 2, job.calibration.replace(inputs="noise")
+    seconds, hessians = _timed(lambda: input_hessians(probe, noise, tried), device)
+    return hessians, (BATCHES + _moves(job.calibration)) / tried * seconds
+
+
 def _compile(vq: VQConfig, device: torch.device) -> None:
     """Compile the kernels for this d and n on one small block, so that no probe pays for it."""
     k = min(vq.k, 300)
     vq = vq.replace(bits=None, k=k, candidates=min(vq.candidates, k), kmeans_iterations=2)
     probe = _first_blocks(None, Geometry(hidden=64 * vq.d, heads=1, depth=1, sample_size=4, classes=2), device)
-    student = quantize(probe.transformer, vq)
+    student = quantize(probe.transformer, vq, hessians=input_hessians(probe, CalibrationConfig(batch_size=1), 1))
     _Steps(probe, student, CalibrationConfig(batch_size=1))
     models.forward(harden(student), *_inputs(probe, 2))
 
@@ -188,10 +199,19 @@ def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run:
     on_cpu = soft[0].candidates.device.type == "cpu"
     snapshot = depth * run.state // tried if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
     return {
-        "codebooks": held + rest + depth * layers + largest * 8 * (job.vq.candidates + 4),
+        "codebooks": held + rest + depth * layers + largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq),
         "calibration": held + rest + depth * (layers + optimizer) + graph + snapshot,
         "sampling": held + rest + _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
     }
+
+
+def _moments_memory(geometry: Geometry, vq: VQConfig) -> int:
+    """Bytes of all second moments in float32 and of error feedback's work on the widest layer in float64."""
+    if vq.assignment == "nearest":
+        return 0
+    shapes = geometry.linears().values()
+    moments = geometry.depth * sum(into**2 for _, into in shapes)
+    return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in shapes)
 
 
 def _packed(geometry: Geometry, vq: VQConfig) -> int:

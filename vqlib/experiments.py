@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,6 +21,7 @@ from vqlib.evaluate import CACHE, Metrics, evaluate
 from vqlib.extractors import Extractor, Progress, print_progress
 from vqlib.files import write_bytes, write_tensors
 from vqlib.fingerprint import digest, fingerprint
+from vqlib.hessians import BATCHES, input_hessians
 from vqlib.models import Pipeline
 from vqlib.quantize import harden, quantize
 from vqlib.references import Reference, load_reference, resolve
@@ -101,23 +102,26 @@ def packed_model(
     settings: CalibrationConfig | None,
     folder: str | Path,
     seed: int = 0,
-    start: Callable[[], nn.Module] | None = None,
+    hessian_batches: int = BATCHES,
 ) -> nn.Module:
     """The packed transformer of one method, made in `folder` or, where it is finished already, loaded from there.
 
-    settings: how it is calibrated; None for k-means alone, each sub-vector with its nearest codeword. start: makes the
-    student that is calibrated and packed, `quantize` unless given. A second process waits until the first is done.
+    settings: how it is calibrated; None for assignments alone. hessian_batches: calibration steps whose inputs' second
+    moments error feedback uses, where `vq` asks for it. A second process waits until the first is done.
     Raises RuntimeError where the folder's model was made from other weights or with other settings.
     """
     target, vq = Path(folder) / "packed", vq if settings else vq.replace(candidates=1)
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
-    about |= {"start": start.__name__ if start else "k-means"}
+    feedback = vq.assignment == "error-feedback"
+    about |= {"hessian_batches": hessian_batches} if feedback else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".building"):
         if target.exists():
             return _loaded(target, about).to(pipe.device)
-        student = start() if start else quantize(pipe.transformer, vq, seed)
+        inputs = settings or CalibrationConfig(seed=seed)
+        hessians = input_hessians(pipe, inputs, hessian_batches) if feedback else None
+        student = quantize(pipe.transformer, vq, seed, hessians=hessians)
         if settings is None:
             packed = harden(student)
         else:

@@ -8,7 +8,11 @@ from vqlib import kernels
 
 
 def block_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels] (Eq. 8, mean instead of sum)."""
+    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels].
+
+    Eq. 8 has the squared norm, tokens · channels times as much: `CalibrationConfig.block_loss` says which of the two is
+    weighed against L_r. Losses are reported as means, so that models and layers compare.
+    """
     return (student - teacher).pow(2).mean()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,23 +15,35 @@ from vqlib.candidates import find_candidates
 from vqlib.checkpoint import attach
 from vqlib.codebook import cached_codebook, fit_codebook
 from vqlib.config import VQConfig
+from vqlib.error_feedback import candidates_with_feedback, refit
 from vqlib.layers import CandidateLinear, VQLinear
 from vqlib.subvectors import split
 
 
-def quantize(transformer: nn.Module, config: VQConfig, seed: int = 0, cache: str | Path | None = None) -> nn.Module:
+def quantize(
+    transformer: nn.Module,
+    config: VQConfig,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
 
     The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
-    for and kept, under a hash of the weights, k, d, seed and iterations. Raises ValueError naming the layer whose width
-    `config.d` does not divide, before any work is done.
+    for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
+    `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
+    refitted to its assignments. Raises ValueError naming the layer whose width `config.d` does not divide or whose Hessian
+    is missing, before any work is done.
     """
     layers = models.quantizable(transformer)
+    hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     for name, layer in layers.items():
         split(layer.weight, config.d, name)
+        if config.assignment != "nearest" and name not in hessians:
+            raise ValueError(f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}")
     student = _copy_without(transformer, layers.values())
     for group in _groups(transformer, layers, config.codebook_scope):
-        for name, replacement in _quantize_group(group, config, seed, cache):
+        for name, replacement in _quantize_group(group, config, seed, cache, hessians):
             models.swap(student, name, replacement)
     return student.eval()
 
@@ -69,7 +81,7 @@ def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) ->
 
 
 def _quantize_group(
-    group: dict[str, nn.Linear], config: VQConfig, seed: int, cache: str | Path | None
+    group: dict[str, nn.Linear], config: VQConfig, seed: int, cache: str | Path | None, hessians: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, CandidateLinear]]:
     """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
     shared = config.codebook_scope != "layer"
@@ -81,7 +93,13 @@ def _quantize_group(
     codebook = cached_codebook(x, config.k, cache, **options) if cache else fit_codebook(x, config.k, **options)
     codewords = nn.Parameter(codebook.codewords)
     for (name, layer), part in zip(group.items(), parts, strict=True):
-        candidates = find_candidates(part, codebook.codewords, config.candidates, config.ratio_start)
+        if hessians:
+            weight, hessian = part.view(layer.weight.shape), hessians[name]
+            candidates = candidates_with_feedback(weight, hessian, codewords.data, config.candidates, config.ratio_start)
+            if not shared:
+                codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)
+        else:
+            candidates = find_candidates(part, codewords.data, config.candidates, config.ratio_start)
         yield name, CandidateLinear(codewords, candidates, tuple(layer.weight.shape), layer.bias, scales[name])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from vqlib.hessians import BATCHES
 from vqlib.models import BUNDLED
 from vqlib.paper_table import FULL_PRECISION
 
@@ -40,7 +41,7 @@ class TableConfig:
     batch_size: int = 100  # images a forward
     iterations: int = 500  # of calibration
     recipe: str = "best"  # of every calibrated row but the paper's own
-    hessian_batches: int = 64
+    hessian_batches: int = BATCHES
     bootstrap: int = 200  # resamples for FD's interval
     seed: int = 0  # of codebooks and calibration; image i is sampled with seed i
     methods: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -51,6 +52,7 @@ class TableConfig:
         ("GPTVQ-like", (2,)),
         ("GPTVQ-like, calibrated", (2,)),
         ("VQ4DiT, paper's recipe", (2,)),
+        ("VQ4DiT, nearest candidates", (2,)),
         ("VQ4DiT", (4, 3, 2)),
     )
     longer: tuple[tuple[int, int], ...] = ((100, 1000), (250, 400))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vqlib.baselines import Baseline, replace_weights, uniform
-from vqlib.baselines.feedback import quantize_columns
 from vqlib.baselines.grid import fit_grid
+from vqlib.feedback import quantize_columns
 from vqlib.models import Pipeline
 
 

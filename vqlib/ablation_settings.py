@@ -1,0 +1,120 @@
+"""The settings of the ablations: named, in groups, each a small change of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vqlib.config import RATIO_STARTS, RECIPE_VQ, RECIPES, CalibrationConfig, VQConfig
+
+SCOPES = {"layer": "a codebook per layer", "model": "one codebook for all layers"}
+K_D_AT_2_BITS = ((4, 1), (16, 2), (64, 3), (256, 4))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of an ablation; `calibration` None is k-means alone. The seed of a row replaces the calibration's own."""
+
+    group: str
+    name: str
+    vq: VQConfig
+    calibration: CalibrationConfig | None
+
+
+def standard_settings(vq: VQConfig | None = None, base: CalibrationConfig | None = None) -> list[Setting]:
+    """The recipes side by side at every n and codebook scope, then the pieces of each changed alone, then the conditions
+    under which n = 1 and n = 3 of recipe `paper` could change places.
+
+    vq, base: bits, (k, d), k-means and iterations, batch, steps of all settings (n = 3, recipe `paper` unless given).
+    """
+    vq, base = vq or VQConfig(), base or CalibrationConfig()
+    return [*_recipes(vq, base), *_pieces_of_best(vq, base), *_pieces_of_paper(vq, base), *_one_or_three(vq, base)]
+
+
+def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
+    common = {name: getattr(base, name) for name in ("iterations", "steps", "checkpoint_every")}
+    release, chosen = RECIPES["release"].replace(**common), RECIPE_VQ["release"]
+    for scope, group in SCOPES.items():
+        scoped = vq.replace(codebook_scope=scope)
+        yield Setting(group, "k-means", scoped.replace(candidates=1), None)
+        for n in (1, 2, 3, 4):
+            yield Setting(group, f"paper, n = {n}", scoped.replace(candidates=n), base)
+        started = scoped.replace(candidates=chosen.candidates, ratio_start=chosen.ratio_start)
+        yield Setting(group, "release, n = 2", started, release)
+        for n in (1, 2, 3):
+            yield Setting(group, f"best, n = {n}", _best_vq(scoped, candidates=n), _best(base))
+    longer = round(1.4 * base.iterations)  # as many minutes as n = 2 takes
+    alone = _best_vq(vq, candidates=1)
+    yield Setting(SCOPES["layer"], f"best, n = 1, {longer} steps", alone, _best(base, iterations=longer))
+
+
+def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
+    for n in (1, 2):
+        nearest = _best_vq(vq, candidates=n, assignment="nearest", ratio_start="least-squares")
+        yield Setting("best: assignments", f"nearest, n = {n}", nearest, _best(base))
+    for n in (1, 2):
+        yield Setting("best: assignments", f"feedback, n = {n}", _best_vq(vq, candidates=n), _best(base))
+    for start in RATIO_STARTS:
+        yield Setting("best: ratio start", start, _best_vq(vq, ratio_start=start), _best(base))
+    hardening = {
+        "by timetable": {},
+        "Eq. 9, threshold": {"ratio_loss_when": "always", "freeze_rule": "threshold"},
+        "timetable, Eq. 9": {"ratio_loss_when": "always"},
+    }
+    for name, changes in hardening.items():
+        yield Setting("best: hardening", name, _best_vq(vq), _best(base, **changes))
+
+
+def _pieces_of_paper(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
+    for k, d in K_D_AT_2_BITS if vq.bits == 2 else ():
+        yield Setting("paper: k, d at 2 bits", f"{k}, {d}", vq.replace(k=k, d=d), base)
+    for start in ("equal", "distance"):
+        for loss in ("absolute", "quadratic"):
+            changed = vq.replace(ratio_start=start), base.replace(ratio_loss=loss)
+            yield Setting("paper: ratio start, ratio loss", f"{start}, {loss}", *changed)
+    for inputs in ("full", "student", "end-to-end"):
+        yield Setting("paper: block inputs", inputs, vq, base.replace(block_inputs=inputs))
+    for inputs in ("trajectory", "noise"):
+        yield Setting("paper: calibration inputs", inputs, vq, base.replace(inputs=inputs))
+
+
+def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
+    """Recipe `paper` with n = 1 and n = 3 under other weights, rates and lengths, and with more candidates."""
+    for scope, where in (("layer", "codebook per layer"), ("model", "one codebook")):
+        scoped, group = vq.replace(codebook_scope=scope), f"λ_r, {where}"
+        for n in (1, 2, 3, 4, 6, 8):
+            yield Setting(f"paper: n, {where}", str(n), scoped.replace(candidates=n), base)
+        for n in (1, 2, 3, 4):
+            mean = base.replace(block_loss="mean")
+            yield Setting(f"mean loss: n, {where}", str(n), scoped.replace(candidates=n), mean if n > 1 else base)
+        yield Setting(group, "n = 1", scoped.replace(candidates=1), base)
+        yield Setting(group, "sum, 1", scoped, base)
+        for weight in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+            yield Setting(group, f"mean, {weight:g}", scoped, base.replace(lambda_r=weight, block_loss="mean"))
+    alone, three = (vq.replace(codebook_scope="model", candidates=n) for n in (1, vq.candidates))
+    for rate in (1e-5, 1e-4, 1e-3):
+        for shape in (alone, three):
+            changed = base.replace(lr_codebooks=rate)
+            yield Setting("codebook rate, one codebook", f"n = {shape.candidates}, {rate:g}", shape, changed)
+    for iterations in (base.iterations // 4, base.iterations, 4 * base.iterations):
+        for shape in (alone, three):
+            changed = base.replace(iterations=iterations)
+            yield Setting("steps, one codebook", f"n = {shape.candidates}, {iterations}", shape, changed)
+    trained = {
+        "all": {},
+        "no biases": {"train_biases": False},
+        "biases alone": {"train_codebooks": "never"},
+    }
+    for name, changes in trained.items():
+        yield Setting("trained at n = 1, one codebook", name, alone, base.replace(**changes))
+
+
+def _best(base: CalibrationConfig, **changes) -> CalibrationConfig:
+    """Recipe `best` with the size of `base`."""
+    sizes = {name: getattr(base, name) for name in ("iterations", "steps", "batch_size", "checkpoint_every")}
+    return RECIPES["best"].replace(**(sizes | changes))
+
+
+def _best_vq(vq: VQConfig, **changes) -> VQConfig:
+    chosen = {name: getattr(RECIPE_VQ["best"], name) for name in ("candidates", "ratio_start", "assignment")}
+    return vq.replace(**(chosen | changes))
