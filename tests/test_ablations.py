@@ -70,7 +70,7 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         "paper: ratio start, ratio loss": {"ratio_start", "ratio_loss"},
         "paper: block inputs": {"block_inputs"},
         "paper: calibration inputs": {"inputs"},
-        "paper: n, codebook per layer": shape,
+        "paper: n, codebook per layer": {"candidates"},
         "paper: n, one codebook": shape,
         "mean loss: n, codebook per layer": shape | {"block_loss"},
         "mean loss: n, one codebook": shape | {"block_loss"},
@@ -83,11 +83,18 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
     assert set(pieces) == by_group.keys() - set(SCOPES.values())
     for group, allowed in pieces.items():
         start = (best.calibration, best.vq) if group.startswith("best") else (base, vq)
-        changed = set()
+        own, tried = allowed - shape or allowed, set()
         for setting in by_group[group].values():
-            for now, before in ((setting.calibration, start[0]), (setting.vq, start[1])):
-                changed |= {k for k, v in dataclasses.asdict(now).items() if v != getattr(before, k)}
-        assert changed - {"k", "d"} <= allowed and changed & allowed, (group, changed)
+            pairs = ((setting.calibration, start[0]), (setting.vq, start[1]))
+            changed = {k for new, old in pairs for k, v in dataclasses.asdict(new).items() if v != getattr(old, k)}
+            assert changed <= allowed, (setting, changed)
+            tried |= changed & own
+        assert tried == own, group  # every field that the group is about is changed somewhere in it
+
+
+def test_settings_of_one_step_are_settings_too():
+    settings = standard_settings(base=CalibrationConfig(iterations=1))
+    assert {s.name for s in settings if s.group == "steps, one codebook"} == {f"n = {n}, {i}" for n in (1, 3) for i in (1, 2)}
 
 
 def test_where_n_1_and_n_3_are_compared_each_condition_has_both():

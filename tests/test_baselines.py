@@ -186,10 +186,15 @@ def test_other_candidates_do_not_change_the_assignments_and_come_in_order_of_the
 
 
 def test_feedback_needs_the_second_moments_of_every_layer(pipe, hessians):
-    missing = {name: h for name, h in hessians.items() if name != "transformer_blocks.1.ff.net.2"}
-    for given in (None, missing):
-        with pytest.raises(ValueError, match=r"'error-feedback' needs hessians=vqlib.input_hessians\(pipe\), not given for trans"):
+    last = "transformer_blocks.1.ff.net.2"
+    missing = {name: h for name, h in hessians.items() if name != last}
+    for given, layer in ((None, next(iter(hessians))), (missing, last)):
+        with pytest.raises(ValueError, match=rf"needs hessians=vqlib.input_hessians\(pipe\), not given for {layer}$"):
             quantize(pipe.transformer, VQ, hessians=given)
+    for wrong in (torch.eye(32), torch.full((128, 128), torch.nan)):
+        size = rf"\[{len(wrong)}, {len(wrong)}\] \({last}\)"
+        with pytest.raises(ValueError, match=rf"in_features 128 needs a finite Hessian of that size, got {size}"):
+            quantize(pipe.transformer, VQ, hessians=hessians | {last: wrong})
 
 
 def test_error_feedback_gives_a_student_that_calibrates_and_packs(pipe, hessians, tmp_path):
@@ -211,6 +216,8 @@ def test_error_feedback_keeps_a_shared_codebook_shared(pipe, hessians):
     student = quantize(pipe.transformer, VQ.replace(codebook_scope="model"), hessians=hessians)
     layers = [student.get_submodule(name) for name in hessians]
     assert len({id(layer.codebook) for layer in layers}) == 1 and all(layer.scale is not None for layer in layers)
+    kmeans = harden(quantize(pipe.transformer, VQ.replace(codebook_scope="model", assignment="nearest")))
+    assert output_error(pipe, harden(student), hessians) < output_error(pipe, kmeans, hessians)
 
 
 def test_sizes_count_everything_that_is_stored(pipe, hessians):

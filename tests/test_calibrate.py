@@ -85,6 +85,18 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     assert same / sum(len(a) for a in codes) > 0.999  # ties in float32 aside
 
 
+@pytest.mark.parametrize(("block_inputs", "elements"), [("full", 16 * 32), ("student", 16 * 32), ("end-to-end", 2 * 16 * 32)])
+def test_the_squared_norm_is_the_mean_times_all_that_it_is_a_mean_of(block_inputs, elements):
+    """The release's mean is over blocks, too, where it runs end to end."""
+    found = []
+    for changes in ({}, {"block_loss": "mean", "lambda_d": float(elements)}, {"block_loss": "mean"}):
+        pipe, student = prepared(GEOMETRY.replace(candidates=2, ratio_start="distance"))
+        list(calibrate(pipe, student, SETTINGS.replace(block_inputs=block_inputs, **changes)))
+        found.append(torch.cat([m.logits.detach().flatten() for m in student.modules() if isinstance(m, CandidateLinear)]))
+    near = [((found[0] - other).abs() < 1e-3).float().mean() for other in found[1:]]
+    assert near[0] > 0.999 and near[1] < 0.9
+
+
 def test_full_precision_block_inputs_keep_blocks_apart():
     """Damage to block 0 must not reach the loss of block 1, unless the student carries its own activations."""
     clean, damaged = [], []

@@ -119,6 +119,8 @@ def test_layers_that_cannot_be_quantized_are_named_and_kept(plain, caplog):
 def test_a_shared_codebook_on_load_says_what_to_call_instead(plain):
     with pytest.raises(ValueError, match="codebook_scope='model'.*vqlib.quantize"):
         DiTTransformer2DModel.from_pretrained(plain, quantization_config=SMALL.replace(codebook_scope="model"))
+    with pytest.raises(ValueError, match="assignment='error-feedback'.*vqlib.quantize"):
+        DiTTransformer2DModel.from_pretrained(plain, quantization_config=SMALL.replace(assignment="error-feedback"))
 
 
 def test_loading_in_bfloat16_casts_codebooks_but_neither_codes_nor_scales(tmp_path):

@@ -61,6 +61,17 @@ def test_a_geometry_alone_needs_no_weights_and_leaves_random_numbers_alone(monke
     assert growth[1] > 250 * 64 * 64 * 18 * (4 + 3)  # weights, and 3 logits with state for every 4
 
 
+def test_error_feedback_is_counted_with_its_second_moments(monkeypatch):
+    fed, seconds = JOB.with_settings({"vq.assignment": "error-feedback", "images": 0}), []
+    for batches in (64, 64_000):
+        monkeypatch.setattr(module, "BATCHES", batches)
+        seconds.append(estimate(tiny.pipeline(), fed).seconds["codebooks"])
+    assert seconds[1] > 50 * seconds[0]
+    whole = module._moments_memory(Geometry(), fed.vq)  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
+    assert 4 * 28 * (6 * 1152**2 + 4608**2) < whole < 6 * 2**30
+    assert module._moments_memory(Geometry(), JOB.vq) == 0
+
+
 def test_a_preset_may_be_named():
     with pytest.raises(ValueError, match="'dit' is not one of"):
         estimate(tiny.pipeline(), "dit")

@@ -198,7 +198,7 @@ def test_ratio_statistics_by_hand():
     assert result.histogram[10] == 1 and result.histogram[-1] == 2 and result.histogram.sum() == 4
     entropy = (math.log(2.0) - 0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 4
     assert result.entropy == pytest.approx(entropy, abs=1e-6)
-    assert result.winners_not_nearest == 0.25 and result.frozen == 0.5
+    assert result.winners_not_first == 0.25 and result.frozen == 0.5
     assert result.absolute == pytest.approx((2.0 + 1.0) / 4) and result.quadratic == pytest.approx((0.5 + 0.375) / 4)
     assert result.winners.tolist() == [0, 0, 1, 0]
 
@@ -212,7 +212,7 @@ def test_settled_ratios_agree_with_the_twin(n, freeze):
     got, wanted = kernels.settle_ratios(mine, 0.9, freeze), reference.settle_ratios(twins, 0.9, freeze)
     assert (got.histogram - wanted.histogram).abs().sum() <= 8  # a ratio on the border of two bins may round either way
     assert got.entropy == pytest.approx(wanted.entropy, abs=1e-5)
-    assert got.winners_not_nearest == wanted.winners_not_nearest and torch.equal(got.winners, wanted.winners)
+    assert got.winners_not_first == wanted.winners_not_first and torch.equal(got.winners, wanted.winners)
     assert got.frozen == pytest.approx(wanted.frozen, abs=1e-3)
     assert (got.absolute, got.quadratic) == pytest.approx((wanted.absolute, wanted.quadratic), rel=1e-5)
     assert torch.equal(mine, before) is not freeze

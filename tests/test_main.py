@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqlib import __main__ as shell
-from vqlib.config import RECIPES
+from vqlib.config import RECIPES, recipe_vq
 from vqlib.runs import read_records
 
 SMALL = ["--set", "vq.k=8", "--set", "vq.d=4", "--set", "vq.kmeans_iterations=2", "--set", "calibration.iterations=2"]
@@ -86,6 +86,9 @@ def test_a_recipe_changes_the_settings_it_is_made_of():
     assert job.calibration == RECIPES["release"].replace(checkpoint_every=50)
     assert (job.vq.bits, job.vq.candidates, job.vq.ratio_start) == (3, 2, "distance")
     assert options.out.name == "dit-xl-2-256-w3"
+    for bits in (2, 3):
+        options = shell._parser().parse_args(["calibrate", "--preset", f"dit-mini-fashion-w{bits}", "--recipe", "best"])
+        assert shell._job(options).vq == recipe_vq("best", bits)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         scoped, group = vq.replace(codebook_scope=scope), f"λ_r, {where}"
         for n in (1, 2, 3, 4, 6, 8):
             yield Setting(f"paper: n, {where}", str(n), scoped.replace(candidates=n), base)
-        for n in (1, 2, 3, 4):
+        for n in (1, 2, 3, 4):  # n = 1 has no ratio loss to weigh
             mean = base.replace(block_loss="mean")
             yield Setting(f"mean loss: n, {where}", str(n), scoped.replace(candidates=n), mean if n > 1 else base)
         yield Setting(group, "n = 1", scoped.replace(candidates=1), base)
@@ -96,7 +96,7 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         for shape in (alone, three):
             changed = base.replace(lr_codebooks=rate)
             yield Setting("codebook rate, one codebook", f"n = {shape.candidates}, {rate:g}", shape, changed)
-    for iterations in (base.iterations // 4, base.iterations, 4 * base.iterations):
+    for iterations in sorted({max(1, base.iterations // 4), base.iterations, 2 * base.iterations}):
         for shape in (alone, three):
             changed = base.replace(iterations=iterations)
             yield Setting("steps, one codebook", f"n = {shape.candidates}, {iterations}", shape, changed)

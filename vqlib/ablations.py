@@ -19,9 +19,11 @@ from vqlib.config import SamplingConfig
 from vqlib.experiments import content_key, measure, packed_model, reference_fingerprint
 from vqlib.files import write_bytes
 from vqlib.fingerprint import fingerprint
+from vqlib.hessians import BATCHES
 from vqlib.models import Pipeline
 from vqlib.references import load_reference
 from vqlib.runs import read_records
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -75,6 +77,8 @@ class Ablation:
     def _conditions(self, setting: Setting, seed: int) -> dict:
         calibration = setting.calibration and setting.calibration.replace(seed=seed).to_dict()
         model = {"source": self._shared["source"], "vq": setting.vq.to_dict(), "calibration": calibration, "seed": seed}
+        if setting.vq.assignment == "error-feedback":
+            model["hessian_batches"] = BATCHES
         measured = {"images": self.images, "sampling": self.sampling.to_dict()} | self._shared
         return {"model": model, "measured": measured}
 

@@ -77,12 +77,12 @@ class Bench:
         """A packed model in a folder named by all it depends on; `settings` None: not calibrated."""
         vq = self.vq(method, bits)
         about = {"vq": vq.to_dict(), "settings": settings and settings.to_dict(), "seed": self.config.seed}
-        about |= {"hessian_batches": self.config.hessian_batches, "source": self._shared["transformer"]}
+        feedback = {"inputs": self.settings.to_dict(), "hessian_batches": self.config.hessian_batches}
+        about |= {"source": self._shared["transformer"]} | (feedback if vq.assignment == "error-feedback" else {})
         name = re.sub(r"[^a-z0-9]+", "-", f"{method} {vq.bits}bit".lower())
         folder = self.folder / "models" / f"{name}-{content_key(about)[:8]}"
-        how = settings, folder, self.config.seed, self.config.hessian_batches
+        how = settings, folder, self.config.seed, self.settings, self.config.hessian_batches
         return packed(method, packed_model(self.pipe, vq, *how), about)
-
 
     def path(self, row: Row) -> Path:
         """The file of a finished row."""

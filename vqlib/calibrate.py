@@ -88,10 +88,9 @@ class Calibration(Iterator[Record]):
             record = self._step()
             if self.folder:
                 self.folder.append(record)
-                every = self.config.checkpoint_every
                 if self.remaining == 0:
                     self.checkpoint()
-                elif every and self.iteration % every == 0:
+                elif self.config.checkpoint_every and self.iteration % self.config.checkpoint_every == 0:
                     self.folder.save(self._state(), self.iteration)
         return record
 
@@ -165,17 +164,18 @@ class Calibration(Iterator[Record]):
             output = teacher_output(self.pipe, inputs)
             student_output = models.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
         losses = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
-        at_output = self.config.loss_at == "output"
-        loss = block_loss(student_output, output) if at_output else sum(losses) / len(losses)
-        self._backward(self._lambda_d(output if at_output else targets[0]) * loss, self.student, push)
+        loss = self._lambda_d(targets[0], len(losses)) * sum(losses)
+        if self.config.loss_at == "output":
+            loss = self._lambda_d(output) * block_loss(student_output, output)
+        self._backward(loss, self.student, push)
         for index in range(len(self.blocks)):
             self.optimizers.step(index)
         self.optimizers.step_shared()
         return output, [loss.item() for loss in losses]
 
-    def _lambda_d(self, output: Tensor) -> float:
-        """λ_d for a loss that is a mean; for one that is a sum over an image's tokens and channels, times their number."""
-        return self.config.lambda_d * (output[0].numel() if self.config.block_loss == "sum" else 1)
+    def _lambda_d(self, output: Tensor, blocks: int = 1) -> float:
+        """What a sum of `blocks` means is weighed by: as Eq. 8's sum over tokens, channels and blocks, or as one mean."""
+        return self.config.lambda_d * (output[0].numel() if self.config.block_loss == "sum" else 1 / blocks)
 
     def _backward(self, loss: Tensor, part: nn.Module, push: bool) -> None:
         """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`; L_r needs no graph, it sees the logits alone."""
@@ -213,7 +213,7 @@ class Calibration(Iterator[Record]):
         winners = torch.zeros(len(layer.candidates), dtype=torch.uint8, device=layer.candidates.device)
         if layer.logits is not None:
             ratios = kernels.settle_ratios(layer.logits.data, self._threshold(layer.logits.data), freeze=True)
-            figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_nearest, "entropy": ratios.entropy}
+            figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_first, "entropy": ratios.entropy}
             figures |= {"histogram": ratios.histogram.tolist(), "ratio_loss": getattr(ratios, self.config.ratio_loss)}
             self.settled[name] = ratios.frozen > SETTLED
             winners = ratios.winners

@@ -102,7 +102,7 @@ def assignments_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def winner_positions(student: nn.Module) -> pd.DataFrame:
-    """Position of the chosen candidate, 1 the nearest: columns layer, position, count, share of the layer's sub-vectors."""
+    """Position of the chosen candidate, 1 the first: columns layer, position, count, share of the layer's sub-vectors."""
     rows = []
     for name, layer in student.named_modules():
         if isinstance(layer, CandidateLinear):

@@ -96,6 +96,11 @@ class VQQuantizer(DiffusersQuantizer):
                     f"codebook_scope={settings.codebook_scope!r} needs the whole model at once: load it without a "
                     "quantization_config and call vqlib.quantize"
                 )
+            if settings.assignment != "nearest":
+                raise ValueError(
+                    f"assignment={settings.assignment!r} needs the whole model's inputs: load it without a "
+                    "quantization_config and call vqlib.quantize"
+                )
         super().__init__(quantization_config, **kwargs)
         self.settings: dict[str, Any] = {}  # the model's config as JSON would hold it, for the checksum
         self.class_name = ""

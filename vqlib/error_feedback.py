@@ -21,7 +21,8 @@ def candidates_with_feedback(
     """Candidates [N, n] of `weight` [out, in] among `codewords` [k, d], under `hessian` [in, in]; the assigned one first.
 
     Distances and starting ratios are those of the weights as the errors passed on have moved them, in the metric of the
-    Hessian; `start` as in `find_candidates`.
+    Hessian; `start` as in `find_candidates`. What is passed on is the error of the first candidate alone: the later
+    columns make up for that one, whatever mix the ratios start with.
     """
     d = codewords.shape[1]
     groups = len(weight), weight.shape[1] // d

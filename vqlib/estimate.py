@@ -133,8 +133,10 @@ def _compile(vq: VQConfig, device: torch.device) -> None:
     k = min(vq.k, 300)
     vq = vq.replace(bits=None, k=k, candidates=min(vq.candidates, k), kmeans_iterations=2)
     probe = _first_blocks(None, Geometry(hidden=64 * vq.d, heads=1, depth=1, sample_size=4, classes=2), device)
-    student = quantize(probe.transformer, vq, hessians=input_hessians(probe, CalibrationConfig(batch_size=1), 1))
-    _Steps(probe, student, CalibrationConfig(batch_size=1))
+    single = CalibrationConfig(batch_size=1)
+    hessians = input_hessians(probe, single, 1) if vq.assignment == "error-feedback" else None
+    student = quantize(probe.transformer, vq, hessians=hessians)
+    _Steps(probe, student, single)
     models.forward(harden(student), *_inputs(probe, 2))
 
 

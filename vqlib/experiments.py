@@ -102,26 +102,27 @@ def packed_model(
     settings: CalibrationConfig | None,
     folder: str | Path,
     seed: int = 0,
+    inputs: CalibrationConfig | None = None,
     hessian_batches: int = BATCHES,
 ) -> nn.Module:
     """The packed transformer of one method, made in `folder` or, where it is finished already, loaded from there.
 
-    settings: how it is calibrated; None for assignments alone. hessian_batches: calibration steps whose inputs' second
-    moments error feedback uses, where `vq` asks for it. A second process waits until the first is done.
+    settings: how it is calibrated; None for assignments alone. Where `vq` asks for error feedback it uses the second moments
+    of `hessian_batches` calibration steps of `inputs`, by default of `settings`. A second process waits until the first is done.
     Raises RuntimeError where the folder's model was made from other weights or with other settings.
     """
     target, vq = Path(folder) / "packed", vq if settings else vq.replace(candidates=1)
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
-    feedback = vq.assignment == "error-feedback"
-    about |= {"hessian_batches": hessian_batches} if feedback else {}
+    feedback, inputs = vq.assignment == "error-feedback", inputs or settings or CalibrationConfig(seed=seed)
+    about |= {"inputs": inputs.to_dict(), "hessian_batches": hessian_batches} if feedback else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".building"):
         if target.exists():
             return _loaded(target, about).to(pipe.device)
-        inputs = settings or CalibrationConfig(seed=seed)
-        hessians = input_hessians(pipe, inputs, hessian_batches) if feedback else None
-        student = quantize(pipe.transformer, vq, seed, hessians=hessians)
+        student = quantize(
+            pipe.transformer, vq, seed, hessians=input_hessians(pipe, inputs, hessian_batches) if feedback else None
+        )
         if settings is None:
             packed = harden(student)
         else:

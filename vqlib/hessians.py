@@ -42,4 +42,4 @@ def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batc
             hooks.callback(layer.register_forward_pre_hook(gather(name)).remove)
         for _ in range(batches):
             trajectory.advance(teacher_output(pipe, trajectory.inputs()))
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total.div_(counts[name]) for name, total in sums.items()}

@@ -201,7 +201,7 @@ class CandidateLinear(nn.Module):
         return linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def winners(self) -> Tensor:
-        """Position of the candidate with the highest ratio, int64 [N]; 0 is the nearest codeword at the start."""
+        """Position of the candidate with the highest ratio, int64 [N]; 0 is the first, at the start the nearest or assigned."""
         if self.logits is None:
             return torch.zeros(len(self.candidates), dtype=torch.int64, device=self.candidates.device)
         return self.logits.detach().argmax(dim=1)

@@ -32,15 +32,22 @@ def quantize(
     The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
     for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
     `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
-    refitted to its assignments. Raises ValueError naming the layer whose width `config.d` does not divide or whose Hessian
+    refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer whose width `config.d` does not divide or whose Hessian
     is missing, before any work is done.
     """
     layers = models.quantizable(transformer)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     for name, layer in layers.items():
         split(layer.weight, config.d, name)
-        if config.assignment != "nearest" and name not in hessians:
+        if config.assignment == "nearest":
+            continue
+        if name not in hessians:
             raise ValueError(f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}")
+        if hessians[name].shape != (layer.in_features, layer.in_features) or not hessians[name].isfinite().all():
+            raise ValueError(
+                f"in_features {layer.in_features} needs a finite Hessian of that size, "
+                f"got {list(hessians[name].shape)} ({name})"
+            )
     student = _copy_without(transformer, layers.values())
     for group in _groups(transformer, layers, config.codebook_scope):
         for name, replacement in _quantize_group(group, config, seed, cache, hessians):
@@ -94,7 +101,7 @@ def _quantize_group(
     codewords = nn.Parameter(codebook.codewords)
     for (name, layer), part in zip(group.items(), parts, strict=True):
         if hessians:
-            weight, hessian = part.view(layer.weight.shape), hessians[name]
+            weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
             candidates = candidates_with_feedback(weight, hessian, codewords.data, config.candidates, config.ratio_start)
             if not shared:
                 codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)

@@ -25,7 +25,7 @@ POSITIONS = 100  # of the step slider, about
 SMOOTH = (1, 5, 10, 20, 50, 100)
 KIND_COLORS = dict(zip(KINDS.values(), mpl.colormaps["viridis"](np.linspace(0, 0.92, len(KINDS))), strict=True))
 PAIR = (METHOD_COLORS["VQ4DiT"], METHOD_COLORS["GPTVQ-like"])  # where two runs are of one method
-PANELS = {"loss": "block loss", "frozen": "frozen share", "moved": "winner not nearest"}
+PANELS = {"loss": "block loss", "frozen": "frozen share", "moved": "winner not first"}
 
 
 def ratios(run: str | Path, out: str | Path = "figures") -> RatioView:
@@ -71,12 +71,12 @@ class RatioView(View):
         histograms = self.histograms[layer]
         moved = self._moved(layer)
         frozen = histograms.loc[step].iloc[-1]
-        title = f"Step {step}, {layer}: {moved.loc[step].mean():.0%} of the winners are not the nearest codeword"
+        title = f"Step {step}, {layer}: {moved.loc[step].mean():.0%} of the winners are not the first candidate"
         caption = f"{title} · {frozen:.1%} of the largest ratios are above {histograms.columns[-1]:g}"
         return Picture(partial(_draw_ratios, histograms, moved, step, title), caption, histograms.reset_index())
 
     def _moved(self, layer: str) -> pd.DataFrame:
-        """Share of sub-vectors whose winner is not the nearest codeword, a column per kind of layer or of one."""
+        """Share of sub-vectors whose winner is not the first candidate, a column per kind of layer or of one."""
         if layer != ALL:
             return self.moved[[layer]]
         return self.moved.T.groupby([layer_place(name)[1] for name in self.moved], sort=False).mean().T
@@ -103,7 +103,7 @@ def _draw_ratios(histograms: pd.DataFrame, moved: pd.DataFrame, step: int, title
     heat.grid(False)
     heat.set(ylabel="largest ratio", ylim=(0, 1))
     bars.set(xlabel="share of sub-vectors", ylim=(0, 1), ylabel="" if wide else "largest ratio")
-    winners.set_ylabel("winner not nearest")
+    winners.set_ylabel("winner not first")
     handles, labels = winners.get_legend_handles_labels()
     if not handles:
         return headed(figure, title if titled else None)
@@ -136,7 +136,7 @@ class CompareView(View):
                 "steps": len(frame),
                 "block loss": tail["loss"],
                 "frozen": tail["frozen"],
-                "winner not nearest": tail["moved"],
+                "winner not first": tail["moved"],
                 "minutes": frame["seconds"].sum() / 60,
                 **{key: values[i] for key, values in self.differences.items()},
             }

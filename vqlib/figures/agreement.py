@@ -60,7 +60,7 @@ def winner_plot(positions: pd.DataFrame, title: str | None = None) -> Figure:
         bars = axis.bar(place, shares, width=0.74 / len(runs), color=_run_color(str(name), i), label=str(name))
         axis.bar_label(bars, fmt=lambda share: f"{share:.1%}", label_type="center", color="white")
     _chance_line(axis, 1 / n)
-    axis.set_xticks(range(1, n + 1), ["nearest", *(f"{i}." for i in range(2, n + 1))])
+    axis.set_xticks(range(1, n + 1), ["first", *(f"{i}." for i in range(2, n + 1))])
     axis.set(xlabel="position of the chosen candidate", ylabel="share of sub-vectors")
     axis.margins(y=0.15)
     axis.grid(False, axis="x")

@@ -16,7 +16,7 @@ from vqlib.runs import Record
 from vqlib.styles import METHOD_COLORS, method_color, method_marker, new_figure
 
 LOSS_PANELS = {"loss": "block loss", "ratio_loss": "ratio loss", "frozen": "frozen share"}
-RATIO_PANELS = {"entropy": "entropy (nats)", "frozen": "frozen share", "moved": "winner not the nearest"}
+RATIO_PANELS = {"entropy": "entropy (nats)", "frozen": "frozen share", "moved": "winner not the first"}
 
 
 def records_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def loss_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 2
 
 
 def ratio_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 1) -> Figure:
-    """How decided the ratios are against the iteration: mean entropy, frozen share, share whose winner is not the nearest.
+    """How decided the ratios are against the iteration: mean entropy, frozen share, share whose winner is not the first candidate.
 
     Columns as in `records_frame`; a column `run` gives one line per run.
     """

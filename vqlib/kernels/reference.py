@@ -28,7 +28,7 @@ class RatioStatistics(NamedTuple):
 
     histogram: Tensor  # [20] int64, largest ratio of each sub-vector in equal bins over 0..1
     entropy: float  # mean entropy in nats, 0..log n
-    winners_not_nearest: float  # share of sub-vectors whose largest ratio is not candidate 0
+    winners_not_first: float  # share of sub-vectors whose largest ratio is not candidate 0
     frozen: float  # share of sub-vectors whose largest ratio is above the threshold, or 1
     absolute: float  # mean of Σ_n (1 − |2r − 1|), Eq. 9
     quadratic: float  # mean of Σ_n r(1 − r)
