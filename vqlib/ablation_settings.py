@@ -43,7 +43,7 @@ def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         yield Setting(group, "release, n = 2", started, release)
         for n in (1, 2):
             yield Setting(group, f"best, n = {n}", _best_vq(scoped, candidates=n), _best(base))
-    longer = round(1.4 * base.iterations)  # as many minutes as n = 2 takes
+    longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes
     alone = _best_vq(vq, candidates=1)
     yield Setting(SCOPES["layer"], f"best, n = 1, {longer} steps", alone, _best(base, iterations=longer))
 
