@@ -24,7 +24,7 @@ from vqlib.files import write_bytes
 from vqlib.fingerprint import fingerprint
 from vqlib.hessians import input_hessians
 from vqlib.models import Pipeline
-from vqlib.paper_table import FULL_PRECISION, NEAREST, PAPER
+from vqlib.paper_table import FULL_PRECISION, PAPER
 from vqlib.references import load_reference
 from vqlib.table_rows import Row, TableConfig
 
@@ -69,8 +69,6 @@ class Bench:
         """The codes of a vector-quantized method: candidates and how they are found."""
         if method in (PAPER, "VQ4DiT"):
             return recipe_vq("paper" if method == PAPER else self.config.recipe, bits)
-        if method == NEAREST:
-            return recipe_vq(self.config.recipe, bits, assignment="nearest", ratio_start="least-squares")
         return VQConfig(bits=bits, candidates=1, assignment="error-feedback" if method.startswith("GPTVQ") else "nearest")
 
     def vector_quantized(self, method: str, bits: int, settings: CalibrationConfig | None = None) -> Baseline:
@@ -147,4 +145,4 @@ METHODS: dict[str, Method] = {
     "k-means": lambda bench, bits: bench.vector_quantized("k-means", bits),
     "GPTVQ-like": lambda bench, bits: bench.vector_quantized("GPTVQ-like", bits),
     PAPER: lambda bench, bits: bench.vector_quantized(PAPER, bits, bench._recipe("paper")),
-} | {name: partial(_calibrated, name) for name in ("codebook only", "GPTVQ-like, calibrated", NEAREST, "VQ4DiT")}
+} | {name: partial(_calibrated, name) for name in ("codebook only", "GPTVQ-like, calibrated", "VQ4DiT")}

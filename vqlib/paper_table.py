@@ -13,7 +13,6 @@ from vqlib.tables import save_table
 
 QUOTED = DATA / "paper" / "fid.csv"
 PAPER = "VQ4DiT, paper's recipe"  # what the quoted figures of VQ4DiT stand beside; row VQ4DiT is this library's own
-NEAREST = "VQ4DiT, nearest candidates"  # without error feedback: ratios start at least squares
 MARK = "†"  # before the name of every quoted column
 KEPT = ("sFID", "precision", "recall", "accuracy")
 

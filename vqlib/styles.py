@@ -51,7 +51,6 @@ METHOD_COLORS = {
     "codebook only": "#56B4E9",
     "VQ4DiT": "#0072B2",
     "VQ4DiT, paper's recipe": "#332288",
-    "VQ4DiT, nearest candidates": "#DDCC77",
     "release": "#009E73",
     "best": "#882255",
     "RTN": "#999999",
@@ -59,7 +58,7 @@ METHOD_COLORS = {
     "GPTVQ-like": "#D55E00",
     "GPTVQ-like, calibrated": "#661100",
 }
-METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "p", "d", "^", "P", "X", "D", "<", ">"), strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">"), strict=True))
 ALIASES = {
     "round-to-nearest": "RTN",
     "original": "full precision",

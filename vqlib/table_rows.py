@@ -52,7 +52,6 @@ class TableConfig:
         ("GPTVQ-like", (2,)),
         ("GPTVQ-like, calibrated", (2,)),
         ("VQ4DiT, paper's recipe", (2,)),
-        ("VQ4DiT, nearest candidates", (2,)),
         ("VQ4DiT", (4, 3, 2)),
     )
     longer: tuple[tuple[int, int], ...] = ((100, 1000), (250, 400))
