@@ -1,4 +1,4 @@
-"""Candidate assignments: for every sub-vector the n nearest codewords and the ratios they start from."""
+"""Candidate assignments: for every sub-vector n codewords, the nearest first, and the ratios they start from."""
 
 from __future__ import annotations
 

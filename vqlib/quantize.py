@@ -32,8 +32,8 @@ def quantize(
     The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
     for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
     `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
-    refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer whose width `config.d` does not divide or whose Hessian
-    is missing, before any work is done.
+    refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer
+    whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, before any work is done.
     """
     layers = models.quantizable(transformer)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians

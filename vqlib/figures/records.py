@@ -69,7 +69,7 @@ def loss_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 2
 
 
 def ratio_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 1) -> Figure:
-    """How decided the ratios are against the iteration: mean entropy, frozen share, share whose winner is not the first candidate.
+    """How decided the ratios are against the iteration: mean entropy, frozen share, share whose winner is not the first.
 
     Columns as in `records_frame`; a column `run` gives one line per run.
     """
