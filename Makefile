@@ -27,7 +27,7 @@ test: $(STAMP)  ## all tests but those in a browser and of the CUDA kernels
 	$(BIN)/python -m pytest tests
 
 kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)
-	$(BIN)/python -m pytest tests/test_kernels_cuda.py
+	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
 
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)
 	@$(FIND_CHROMIUM) || { test "$$(id -u)" = 0 && command -v apt-get; } >/dev/null || { echo '$(NO_CHROMIUM)' >&2; exit 1; }
@@ -41,7 +41,7 @@ notebooks: $(STAMP)  ## execute every notebook with small parameters
 	$(BIN)/python -m pytest tests/test_notebooks.py
 
 tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 3 hours on two cores)
-	$(BIN)/python -m vqlib.main_table
+	$(BIN)/python -m vqlib.studies.main_table
 
 bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry (assignment wants faiss-cpu and scikit-learn)
 	$(BIN)/python benchmarks/bench_assignment.py --threads 2
@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[notebooks,test,baselines]'
-	$(BIN)/python vqlib/_startup.py
+	$(BIN)/python vqlib/system/startup.py
 	@touch $@
 
 # A CUDA build of torch has it; beside a CPU build only these tests need it.

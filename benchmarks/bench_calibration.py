@@ -21,15 +21,15 @@ from machine import add_options, device_name, report, versions
 from seeded import seeded_pipeline
 from torch import nn
 
-from vqlib import models
-from vqlib.calibrate import Calibration, calibrate
+from vqlib.calibrator.calibrate import Calibration, calibrate
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.estimate import estimate
-from vqlib.geometry import Geometry
-from vqlib.memory import peak_memory
-from vqlib.presets import preset
-from vqlib.products import products_in
-from vqlib.quantize import quantize
+from vqlib.kernels.products import products_in
+from vqlib.models import dit, pipeline
+from vqlib.models.geometry import Geometry
+from vqlib.quantizer.quantize import quantize
+from vqlib.studies.estimate import estimate
+from vqlib.studies.presets import preset
+from vqlib.system.memory import peak_memory
 
 
 def wait(device: torch.device) -> None:
@@ -56,10 +56,10 @@ def floor(run: Calibration) -> tuple[float, float]:
             value.requires_grad_(False).grad = None
 
     inputs = run.trajectory.inputs()
-    handles = [block.register_forward_hook(follow, with_kwargs=True) for block in models.block_list(run.pipe.transformer)]
+    handles = [block.register_forward_hook(follow, with_kwargs=True) for block in dit.block_list(run.pipe.transformer)]
     started = clocks()
     with torch.no_grad(), products_in(getattr(torch, run.config.products)):
-        models.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+        dit.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     wait(run.trajectory.device)
     for handle in handles:
         handle.remove()
@@ -96,8 +96,8 @@ def main() -> None:
     vq = VQConfig(bits=2, candidates=options.candidates, kmeans_iterations=1)
     notes = [f"{device_name(device, options.threads)}; {versions('numba')}."]
     seeded = not options.model
-    pipe = seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else models.load(options.model).to(device)
-    blocks = len(models.block_list(pipe.transformer))
+    pipe = seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else pipeline.load(options.model).to(device)
+    blocks = len(dit.block_list(pipe.transformer))
     if options.estimate:
         changes = {f"calibration.{name}": value for name, value in config.to_dict().items()}
         job = preset("dit-xl-2-256-w2").with_settings(changes | {"vq.kmeans_iterations": 1, "images": 0})

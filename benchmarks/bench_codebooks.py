@@ -15,10 +15,10 @@ from machine import add_options, device_name, report, versions
 from seeded import weight
 
 from vqlib import kernels
-from vqlib.codebook import fit_codebook
 from vqlib.config import VQConfig
-from vqlib.geometry import Geometry
-from vqlib.memory import peak_memory
+from vqlib.models.geometry import Geometry
+from vqlib.quantizer.codebook import fit_codebook
+from vqlib.system.memory import peak_memory
 
 
 def wait(device: torch.device) -> None:

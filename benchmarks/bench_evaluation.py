@@ -18,7 +18,7 @@ import torch
 from machine import add_options, device_name, report, versions
 
 import vqlib
-from vqlib.memory import peak_memory
+from vqlib.system.memory import peak_memory
 
 BATCH, BOOTSTRAP = 100, 200
 

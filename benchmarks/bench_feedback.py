@@ -15,11 +15,11 @@ import torch
 from machine import add_options, device_name, report, versions
 from seeded import weight
 
-from vqlib.codebook import fit_codebook
 from vqlib.config import recipe_vq
-from vqlib.error_feedback import candidates_with_feedback, refit
-from vqlib.geometry import Geometry
-from vqlib.memory import peak_memory
+from vqlib.models.geometry import Geometry
+from vqlib.quantizer.codebook import fit_codebook
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
+from vqlib.system.memory import peak_memory
 
 
 def hessian(inputs: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:

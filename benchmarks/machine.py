@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vqlib.files import write_bytes
-from vqlib.tables import markdown
+from vqlib.figures.tables import markdown
+from vqlib.system.files import write_bytes
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,9 +3,9 @@
 import torch
 from diffusers import DiTTransformer2DModel
 
-from vqlib import models
-from vqlib.diffusion import NoiseSchedule
-from vqlib.geometry import Geometry
+from vqlib.models import dit, pipeline
+from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.geometry import Geometry
 
 ROW_SPREAD, TAIL_SPREAD = 0.3, 0.5  # of the logarithm of a row's scale, and of a single weight's
 
@@ -17,13 +17,13 @@ def weight(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator).mul_(scale).mul_(columns**-0.5)
 
 
-def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> models.Pipeline:
+def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> pipeline.Pipeline:
     """A pipeline, without VAE, whose quantizable weights are `weight`s; the rest has diffusers' own start."""
     torch.manual_seed(seed)
     transformer = DiTTransformer2DModel(**geometry.config()).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for layer in models.quantizable(transformer).values():
+    for layer in dit.quantizable(transformer).values():
         layer.weight.copy_(weight(*layer.weight.shape, generator))
     names = tuple(map(str, range(geometry.classes)))
-    transformer = models.with_fast_products(transformer)
-    return models.Pipeline("seeded", transformer.to(device), None, NoiseSchedule.linear(), names)
+    transformer = dit.with_fast_products(transformer)
+    return pipeline.Pipeline("seeded", transformer.to(device), None, NoiseSchedule.linear(), names)

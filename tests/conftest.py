@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub fails a
 
 import pytest
 
-import vqlib._compat  # noqa: F401, before any test imports diffusers
+import vqlib.system.compat  # noqa: F401, before any test imports diffusers
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
 from diffusers import DiTTransformer2DModel
 
 from vqlib import CheckpointError, VQLinear, load_transformer, save
-from vqlib.models import quantizable, swap
+from vqlib.models.dit import quantizable, swap
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 
@@ -153,8 +153,8 @@ def forge(folder, change):
     """Apply `change(tensors, manifest, config)` to a checkpoint and make every checksum fit again."""
     from safetensors.torch import load_file, save_file
 
-    from vqlib import container
-    from vqlib.header import FORMAT, read_header, sha256
+    from vqlib.packed import container
+    from vqlib.packed.header import FORMAT, read_header, sha256
 
     tensors = load_file(folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vqlib import __main__ as shell
+from vqlib.calibrator.runs import read_records
 from vqlib.config import RECIPES, recipe_vq
-from vqlib.runs import read_records
 
 SMALL = ["--set", "vq.k=8", "--set", "vq.d=4", "--set", "vq.kmeans_iterations=2", "--set", "calibration.iterations=2"]
 SMALL += ["--set", "calibration.batch_size=1", "--set", "calibration.steps=2", "--set", "sampling.steps=2"]
@@ -28,7 +28,7 @@ def test_calibrate_leaves_records_and_a_packed_model_that_is_found_again(folder,
     assert len(read_records(folder / "calibration")) == 2
     config = json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]
     assert config["k"] == 8 and config["provenance"]["calibration"]["iterations"] == 2
-    monkeypatch.setattr("vqlib.experiments.quantize", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr("vqlib.studies.experiments.quantize", lambda *_: pytest.fail("quantized again"))
     run("calibrate", folder)
     assert f"packed: {folder / 'packed'}" in capsys.readouterr().out
 

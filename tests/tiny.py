@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
-from vqlib.diffusion import NoiseSchedule
-from vqlib.models import Pipeline
+from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.pipeline import Pipeline
 
 
 def transformer(seed: int = 0, blocks: int = 2) -> DiTTransformer2DModel:

@@ -3,24 +3,27 @@
     weights -> codebook -> candidates -> calibrate -> checkpoint -> sample -> evaluate -> figure / table
 """
 
-from vqlib import _compat  # noqa: F401, first: torchvision beside a CPU build of torch
-from vqlib.calibrate import Calibration, calibrate
-from vqlib.checkpoint import CheckpointError, load_transformer, save, size_report
-from vqlib.codebook import Codebook, fit_codebook
+from vqlib.system import compat  # noqa: F401, isort: skip, first: torchvision beside a CPU build of torch
+from vqlib.calibrator.calibrate import Calibration, calibrate
+from vqlib.calibrator.hessians import input_hessians
+from vqlib.calibrator.runs import Record, read_records
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
-from vqlib.estimate import Estimate, estimate
-from vqlib.evaluate import Metrics, evaluate
-from vqlib.frechet import frechet_distance
-from vqlib.hessians import input_hessians
-from vqlib.inference import cached_modulation, set_mode
+from vqlib.evaluation.evaluate import Metrics, evaluate
+from vqlib.evaluation.frechet import frechet_distance
 from vqlib.kernels import assign, nearest
-from vqlib.layers import CandidateLinear, VQLinear
-from vqlib.models import Pipeline, load
-from vqlib.packing import pack_codes, unpack_codes
-from vqlib.presets import PRESETS, preset
-from vqlib.quantize import harden, quantize, reconstruction_error
-from vqlib.runs import Record, read_records
-from vqlib.sampling import sample
+from vqlib.kernels.bits import pack_codes, unpack_codes
+from vqlib.models.modulation import cached_modulation
+from vqlib.models.pipeline import Pipeline, load
+from vqlib.models.sampling import sample
+from vqlib.packed.checkpoint import CheckpointError, load_transformer, save, size_report
+from vqlib.packed.harden import harden, reconstruction_error
+from vqlib.packed.layer import VQLinear
+from vqlib.packed.modes import set_mode
+from vqlib.quantizer.codebook import Codebook, fit_codebook
+from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.soft import CandidateLinear
+from vqlib.studies.estimate import Estimate, estimate
+from vqlib.studies.presets import PRESETS, preset
 
 __all__ = [
     "PRESETS",

@@ -24,16 +24,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vqlib import models
+from vqlib.calibrator.runs import read_records
 from vqlib.config import RECIPE_VQ, RECIPES, recipe
-from vqlib.estimate import estimate
-from vqlib.experiments import class_labels, measure, packed_model
-from vqlib.files import replacing
-from vqlib.main_table import TableConfig, make_table
-from vqlib.presets import PRESETS, Preset, preset
-from vqlib.runs import read_records
-from vqlib.sampling import sample
-from vqlib.tables import markdown, save_table
+from vqlib.figures.tables import markdown, save_table
+from vqlib.models import pipeline
+from vqlib.models.sampling import sample
+from vqlib.studies.estimate import estimate
+from vqlib.studies.experiments import class_labels, measure, packed_model
+from vqlib.studies.main_table import TableConfig, make_table
+from vqlib.studies.presets import PRESETS, Preset, preset
+from vqlib.system.files import replacing
 
 TABLE_SETTINGS = (
     *("images", "reference", "vq.bits", "calibration.iterations"),
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--preset", required=True, choices=PRESETS)
     parser.add_argument("--model", help="a folder, hub id or .pt file in place of the preset's")
-    parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
+    parser.add_argument("--vae", default=pipeline.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
     parser.add_argument("--recipe", default="paper", choices=RECIPES)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _job(options: argparse.Namespace) -> Preset:
     """The preset with the recipe and settings of the command line."""
-    options.out = options.out or models.DATA / "runs" / options.preset
+    options.out = options.out or pipeline.DATA / "runs" / options.preset
     settings = dict(_setting(text) for text in options.set)
     if options.recipe != "paper":
         vq, start = RECIPE_VQ[options.recipe], preset(options.preset).calibration
@@ -167,11 +167,11 @@ def _setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
-    return models.load(options.model or job.model, vae=options.vae).to(options.device)
+def _load(job: Preset, options: argparse.Namespace) -> pipeline.Pipeline:
+    return pipeline.load(options.model or job.model, vae=options.vae).to(options.device)
 
 
-def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
+def _calibrated(pipe: pipeline.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
     """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
     with _watching(options.out / "calibration", job.calibration.iterations):
         return packed_model(pipe, job.vq, job.calibration, options.out, options.seed)

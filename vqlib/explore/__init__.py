@@ -4,9 +4,13 @@
 `run(calibration)`. Without ipywidgets each shows its still figure, and `view.set(...)` takes the place of the sliders.
 """
 
+from vqlib.explore.frontend import show
 from vqlib.explore.live import run
 from vqlib.explore.pictures import images
 from vqlib.explore.records import compare, ratios
+from vqlib.explore.view import View
 from vqlib.explore.weights import codebook
 
 __all__ = ["codebook", "compare", "images", "ratios", "run"]
+
+View.show = show

@@ -11,7 +11,7 @@ import html
 from typing import Any
 
 from vqlib.explore.view import Control, Picture, View
-from vqlib.styles import VENUES
+from vqlib.figures.styles import VENUES
 
 LIVE = "vqlib-live"  # the class of a live view's box
 CSS = (

@@ -13,11 +13,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 
-from vqlib.calibrate import Calibration
+from vqlib.calibrator.calibrate import Calibration
+from vqlib.calibrator.runs import Record, read_records
 from vqlib.explore.view import Picture, Settings, Task, View
 from vqlib.figures import loss_curves, records_frame
-from vqlib.quantize import harden
-from vqlib.runs import Record, read_records
+from vqlib.packed.harden import harden
 
 REDRAW_EVERY = 1.0  # seconds
 ETA_STEPS = 20  # steps whose mean time the estimate is made of

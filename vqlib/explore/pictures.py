@@ -12,15 +12,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from vqlib.checkpoint import size_report
 from vqlib.config import SamplingConfig, VQConfig
 from vqlib.explore.view import Control, Picture, Settings, Task, View
 from vqlib.explore.worker import Recent
-from vqlib.grids import difference_map
-from vqlib.layers import VQLinear
-from vqlib.models import Pipeline
-from vqlib.quantize import harden, quantize
-from vqlib.sampling import SamplingCancelled, sample, to_uint8
+from vqlib.figures.grids import difference_map
+from vqlib.models.pipeline import Pipeline
+from vqlib.models.sampling import SamplingCancelled, sample, to_uint8
+from vqlib.packed.checkpoint import size_report
+from vqlib.packed.harden import harden
+from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.quantize import quantize
 
 FULL = "full precision"
 EVERY = "every class"

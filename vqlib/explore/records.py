@@ -14,11 +14,11 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from vqlib.calibrator.runs import read_records
 from vqlib.explore.view import Control, Picture, Settings, View
 from vqlib.figures import KINDS, layer_place, ratio_histograms, records_frame
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.runs import read_records
-from vqlib.styles import METHOD_COLORS, method_color, new_figure
+from vqlib.figures.styles import METHOD_COLORS, method_color, new_figure
 
 ALL = "all layers"
 POSITIONS = 100  # of the step slider, about

@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.explore.worker import Drawing, Recent, Worker
-from vqlib.styles import save_figure, style
-from vqlib.tables import save_table
+from vqlib.figures.styles import save_figure, style
+from vqlib.figures.tables import save_table
 
 SEEN = 48  # pictures kept, so that going back is instant
 PREVIEW_EVERY = 0.5  # seconds between two pictures of work in progress
@@ -70,6 +70,7 @@ class View:
     """A still figure first, then controls. Subclasses say what is computed (`prepare`) and shown (`picture`)."""
 
     name = "view"
+    show: Callable[[View], None]  # puts a view on the screen; `vqlib.explore` gives the frontend's
     actions: Mapping[str, Callable[[], object]] = {}  # label of a button -> what it does
 
     def __init__(self, controls: Sequence[Control], out: str | Path) -> None:
@@ -166,9 +167,7 @@ class View:
         self._drawing.call(write)
 
     def _ipython_display_(self) -> None:
-        from vqlib.explore.frontend import show
-
-        show(self)
+        self.show()
 
     def _key(self, settings: Settings) -> tuple:
         return tuple(settings.values())

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vqlib.explore.view import Control, Picture, Settings, Task, View
 from vqlib.figures import codewords_plot
-from vqlib.layers import CandidateLinear, VQLinear
-from vqlib.models import quantizable
-from vqlib.subvectors import split
+from vqlib.models.dit import quantizable
+from vqlib.packed.harden import harden_layer
+from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.soft import CandidateLinear
+from vqlib.quantizer.subvectors import split
 
 
 def codebook(
@@ -56,7 +58,7 @@ class CodebookView(View):
         """Sub-vectors [N, d], codewords [k, d], use [k] and the relative squared error of a layer."""
         name = settings["layer"]
         layer = self.layers[name]
-        packed = layer.harden() if isinstance(layer, CandidateLinear) else layer
+        packed = harden_layer(layer) if isinstance(layer, CandidateLinear) else layer
         weight = self.weights[name].detach().float().cpu()
         codewords = (packed.codebook.float() * packed.scale).cpu()
         x = split(weight, codewords.shape[1], name)  # [out, in] -> [N, d]

@@ -6,6 +6,7 @@
 from vqlib.figures.ablations import ablation_plot
 from vqlib.figures.agreement import agreement_plot, choice_by_distance, winner_plot
 from vqlib.figures.codebooks import codewords_plot, convergence_plot, geometry_plot
+from vqlib.figures.grids import difference_map, image_grid
 from vqlib.figures.layers import KINDS, error_by_layer, layer_place
 from vqlib.figures.records import (
     block_losses,
@@ -18,8 +19,7 @@ from vqlib.figures.records import (
 )
 from vqlib.figures.sizes import pareto, size_bars
 from vqlib.figures.steps import steps_frame, steps_plot
-from vqlib.grids import difference_map, image_grid
-from vqlib.styles import METHOD_COLORS, VENUES, save_figure, style
+from vqlib.figures.styles import METHOD_COLORS, VENUES, save_figure, style
 
 __all__ = [
     "KINDS",

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import method_color, method_key, new_figure
+from vqlib.figures.styles import method_color, method_key, new_figure
 
 
 def ablation_plot(

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from vqlib.figures.layers import KINDS, layer_place
 from vqlib.figures.layout import headed
-from vqlib.styles import method_color, method_marker, new_figure
+from vqlib.figures.styles import method_color, method_marker, new_figure
 
 CHANCE = "chance"  # the stage in which assignments are shuffled
 CHANCE_COLOR = "#777777"

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import METHOD_COLORS, OTHER_COLORS, new_figure
+from vqlib.figures.styles import METHOD_COLORS, OTHER_COLORS, new_figure
 
 STARTS = {"distinct": "#0072B2", "kmeans++": "#882255", "random": "#E69F00"}  # start method -> color
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import method_color, method_marker, new_figure
+from vqlib.figures.styles import method_color, method_marker, new_figure
 
 KINDS = {  # the end of a quantized layer's name -> its short label, in the order of the forward pass
     "norm1.linear": "adaLN",

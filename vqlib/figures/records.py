@@ -11,9 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vqlib.calibrator.runs import Record
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.runs import Record
-from vqlib.styles import METHOD_COLORS, method_color, method_marker, new_figure
+from vqlib.figures.styles import METHOD_COLORS, method_color, method_marker, new_figure
 
 LOSS_PANELS = {"loss": "block loss", "ratio_loss": "ratio loss", "frozen": "frozen share"}
 RATIO_PANELS = {"entropy": "entropy (nats)", "frozen": "frozen share", "moved": "winner not the first"}

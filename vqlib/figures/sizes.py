@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import method_color, method_marker, new_figure
+from vqlib.figures.styles import method_color, method_marker, new_figure
 
 SIZE_PARTS = {  # column of a size table -> color; parts of one file, so none of the methods' colors
     "weights": "#BBBBBB",

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.styles import FULL_PRECISION, method_color, method_marker, new_figure
+from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker, new_figure
 
 LINES = {2: "-", 3: "--", 4: ":"}  # by bits
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from vqlib.figures.layers import KINDS, layer_place
 from vqlib.figures.layout import headed
 from vqlib.figures.sizes import SIZE_PARTS
-from vqlib.styles import METHOD_COLORS, new_figure
+from vqlib.figures.styles import METHOD_COLORS, new_figure
 
 MODE_STYLES = {  # how a model is run -> color and marker; modes are no methods, so they have colors of their own
     "speed mode": ("#0072B2", "s"),
@@ -60,7 +60,7 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
 def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full precision") -> Figure:
     """Time of a forward by mode and batch, relative to the same weights in dense layers; whiskers are quartiles.
 
-    Columns batch, method, ratio, low, high (`vqlib.timing.compare` per batch). The gray floor is method "matrix
+    Columns batch, method, ratio, low, high (`vqlib.packed.timing.compare` per batch). The gray floor is method "matrix
     products alone": what no way to store the weights goes below.
     """
     batches = list(dict.fromkeys(times["batch"]))

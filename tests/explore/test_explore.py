@@ -1,0 +1,395 @@
+"""Views change with their settings, cancel what is overtaken, remember what was seen, and do without widgets."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+from printed import page_width, printed_sizes
+
+import vqlib
+from vqlib import explore
+from vqlib.calibrator.runs import Record
+from vqlib.explore.view import Control, Picture, View
+from vqlib.explore.worker import Drawing, Recent, Worker
+from vqlib.figures.styles import VENUES, new_figure
+
+PATIENCE = 60  # seconds until a test that hangs is taken for one
+
+
+class Panel:
+    """What a front end sees: pictures and captions in the order in which they came."""
+
+    def __init__(self, view):
+        self.seen, self.done = [], 0
+        view.listeners.append(self)
+
+    def show(self, png, caption):
+        self.seen.append((png, caption))
+
+    def finished(self, picture):
+        self.done += 1
+
+    def synchronize(self):
+        pass
+
+
+class Numbers(View):
+    """Shows its number; holds on until it may go on, so that a test decides when a computation ends."""
+
+    name = "numbers"
+
+    def __init__(self, out):
+        self.made, self.begun, self.go = [], threading.Event(), threading.Event()
+        self.go.set()
+        super().__init__([Control("number", "number", tuple(range(10)), 0)], out)
+
+    def prepare(self, settings, task):
+        self.begun.set()
+        while not self.go.wait(0.01) and not task.cancelled:
+            pass
+        if task.cancelled:
+            return None
+        self.made.append(settings["number"])
+        if settings["number"] == 9:
+            raise ValueError("nine is too many")
+        return settings["number"]
+
+    def picture(self, settings, prepared):
+        data = pd.DataFrame({"number": [prepared]})
+        return Picture(partial(self._plot, prepared), f"number {prepared}", data, data)
+
+    def _plot(self, number, titled):
+        figure = new_figure(1.0)
+        figure.subplots().plot([0, number])
+        return figure
+
+
+def test_a_change_shows_a_new_picture_and_going_back_computes_nothing(tmp_path):
+    view = Numbers(tmp_path)
+    panel = Panel(view)
+    first = view.still()
+    view.set(number=3)
+    view.wait(PATIENCE)
+    assert view.shown.caption == "number 3" and view.shown.png != first.png
+    view.set(number=0)
+    assert panel.seen[-1] == (first.png, "number 0")  # at once, without waiting
+    assert view.made == [0, 3] and panel.done == 2
+
+
+def test_a_newer_request_cancels_the_one_that_runs_and_drops_those_that_wait(tmp_path):
+    view = Numbers(tmp_path)
+    view.go.clear()
+    view.set(number=1)
+    assert view.begun.wait(PATIENCE)
+    for number in (2, 3, 4):
+        view.set(number=number)
+    view.go.set()
+    view.wait(PATIENCE)
+    assert view.made == [4] and view.shown.caption == "number 4"
+
+
+def test_what_goes_wrong_is_shown_and_raised_and_the_next_request_works(tmp_path):
+    view = Numbers(tmp_path)
+    panel = Panel(view)
+    view.set(number=9)
+    with pytest.raises(ValueError, match="nine is too many"):
+        view.wait(PATIENCE)
+    assert panel.seen[-1] == (None, "ValueError: nine is too many")
+    view.set(number=1)
+    view.wait(PATIENCE)
+    assert view.shown.caption == "number 1"
+
+
+def test_unknown_settings_and_values_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no setting 'nmber'; there are number"):
+        Numbers(tmp_path).set(nmber=1)
+    with pytest.raises(ValueError, match=r"number=11 is not one of \[0, 1"):
+        Numbers(tmp_path).set(number=11)
+
+
+def test_export_writes_what_is_shown_at_the_venues_width(tmp_path):
+    view = Numbers(tmp_path / "new")
+    view.set(number=7)
+    view.wait(PATIENCE)
+    paths = view.export("AAAI", columns=2)
+    assert paths["csv"].read_text() == paths["table.csv"].read_text() == "number\n7\n"
+    points = VENUES["AAAI"].text * 72
+    assert f"MediaBox [ 0 0 {points:g} ".encode() in paths["pdf"].read_bytes()
+    told = []
+    view.exported("no such venue", 1, told.append)
+    view.wait(PATIENCE)
+    assert "no such venue" in told[0]
+
+
+def test_recent_forgets_what_was_used_longest_ago():
+    recent = Recent(2)
+    recent.put("a", 1), recent.put("b", 2)
+    assert recent.get("a") == 1
+    recent.put("c", 3)
+    assert recent.get("b") is None and recent.get("a") == 1 and len(recent) == 2
+
+
+def test_a_worker_starts_again_after_it_was_idle():
+    worker, done = Worker(), []
+    for number in (1, 2):
+        worker.submit(lambda number=number: done.append(number))
+        end = time.monotonic() + PATIENCE
+        while number not in done and time.monotonic() < end:
+            time.sleep(0.001)
+    assert done == [1, 2]
+
+
+def test_only_the_thread_that_made_it_draws():
+    drawing, threads = Drawing(), []
+    thread = threading.Thread(target=lambda: drawing.call(lambda: threads.append(threading.current_thread())))
+    thread.start()
+    thread.join()
+    assert not threads
+    drawing.wait(lambda: bool(threads), PATIENCE)
+    assert threads == [threading.current_thread()]
+    with pytest.raises(TimeoutError):
+        drawing.wait(lambda: False, 0.01)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+@pytest.fixture(scope="module")
+def models(pipe):
+    def make(k, d):
+        return vqlib.harden(vqlib.quantize(pipe.transformer, vqlib.VQConfig(k=k, d=d, candidates=1)))
+
+    return {"k-means": {2: partial(make, 16, 2), 3: partial(make, 64, 2)}, "flat": make(16, 2)}
+
+
+def test_images_follow_bits_seed_and_class(pipe, models, tmp_path):
+    view = explore.images(pipe, models, count=4, steps=3, out=tmp_path)
+    first = view.still()
+    assert "k-means, 2 bits" in first.caption and "bits a weight" in first.caption and "seeds 0 … 3" in first.caption
+    assert first.data["class"].tolist() == list("abcd") and (first.data["mean_difference"] > 0).all()
+    captions = [first.caption]
+    for change in ({"bits": 3}, {"seed": 5}, {"subject": "j"}, {"guidance_scale": 4.0}, {"method": "flat"}):
+        view.set(**change)
+        view.wait(PATIENCE)
+        captions.append(view.shown.caption)
+    assert len(set(captions)) == len(captions)
+    assert view.shown.data["class"].tolist() == ["j"] * 4 and view.shown.data["seed"].tolist() == [5, 6, 7, 8]
+    view.set(bits="full precision")
+    view.wait(PATIENCE)
+    assert view.shown.data["mean_difference"].tolist() == [0.0] * 4
+
+
+def test_bits_that_a_method_lacks_become_the_nearest(pipe, models, tmp_path):
+    only = {"k-means": models["k-means"], "other": {3: models["flat"]}}
+    view = explore.images(pipe, only, count=4, steps=3, out=tmp_path)
+    view.set(method="other")
+    assert view.settings["bits"] == 3
+    view.wait(PATIENCE)
+    with pytest.raises(ValueError, match="no models"):
+        explore.images(pipe, {})
+    with pytest.raises(ValueError, match="bits=7 is not one of"):
+        explore.images(pipe, models, bits=7)
+
+
+def test_images_show_previews_while_they_are_made(pipe, models, tmp_path):
+    view = explore.images(pipe, models, count=4, steps=20, out=tmp_path)
+    view.still()
+    panel = Panel(view)
+    view.set(seed=1)
+    view.wait(PATIENCE)
+    assert any(png and "step 1 of 20" in caption for png, caption in panel.seen)
+    assert "seeds 1 … 4" in panel.seen[-1][1] and panel.done == 1
+
+
+def test_codebook_shows_the_error_and_use_of_each_layer(pipe, models, tmp_path):
+    packed = models["flat"]
+    view = explore.codebook(pipe.transformer, packed, out=tmp_path)
+    name = view.settings["layer"]
+    view.still()
+    layer = packed.get_submodule(name)
+    error = vqlib.reconstruction_error(pipe.transformer.get_submodule(name).weight, layer)
+    assert view.shown.table["error"].item() == pytest.approx(error, rel=1e-5)
+    assert view.shown.data["count"].sum() == layer.count
+    student = vqlib.quantize(pipe.transformer, vqlib.VQConfig(k=8, d=4, candidates=2))
+    wide = explore.codebook(pipe.transformer, student, out=tmp_path)
+    assert len(wide.controls[1].options) == 6 and "d=4" in wide.still().caption
+    with pytest.raises(ValueError, match="no quantized layer"):
+        explore.codebook(pipe.transformer, pipe.transformer)
+
+
+def calibration(pipe, out, iterations=6, candidates=2):
+    student = vqlib.quantize(pipe.transformer, vqlib.VQConfig(k=8, d=4, candidates=candidates, kmeans_iterations=2))
+    settings = vqlib.CalibrationConfig(iterations=iterations, batch_size=2, steps=4)
+    return vqlib.calibrate(pipe, student, settings, out=out)
+
+
+def test_a_run_is_paused_resumed_stopped_and_taken_up_again(pipe, tmp_path):
+    view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
+    assert "running: step" in view.still().caption and "left" in view.shown.caption
+    view.pause()
+    held = -1
+    while held != len(view.records):  # the step that is being made
+        held = len(view.records)
+        time.sleep(0.7)
+    assert len(view.records) == held and view.state == "paused"
+    view.resume()
+    end = time.monotonic() + PATIENCE
+    while len(view.records) == held and time.monotonic() < end:
+        time.sleep(0.01)
+    view.stop()
+    view.wait(PATIENCE)
+    assert f"stopped: step {len(view.records)} of 100000" in view.shown.caption and len(view.records) > held
+    again = calibration(pipe, tmp_path / "run", iterations=100_000)
+    assert again.iteration == len(view.records)  # nothing lost, and the folder is free
+    again.close()
+
+
+def test_a_finished_run_gives_the_packed_model_and_its_records(pipe, tmp_path):
+    view = explore.run(calibration(pipe, tmp_path / "run"), tmp_path)
+    packed = view.finish()
+    assert view.state == "finished" and "step 6 of 6" in view.shown.caption
+    assert vqlib.size_report(packed).attrs["bits_per_weight"] < 3
+    assert [r.iteration for r in vqlib.read_records(tmp_path / "run")] == list(range(1, 7))
+    assert "step 6 of 6" in explore.run(calibration(pipe, tmp_path / "run"), tmp_path).still().caption
+
+
+def test_a_cell_that_awaits_a_run_leaves_the_loop_free(pipe, tmp_path):
+    async def cells():
+        view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
+        view.still()
+        asyncio.get_running_loop().call_later(0.2, view.stop)  # what a click does meanwhile
+        return view, await view.finished()
+
+    view, packed = asyncio.run(cells())
+    assert view.state == "stopped" and f"stopped: step {len(view.records)} of" in view.shown.caption
+    assert vqlib.size_report(packed).attrs["bits_per_weight"] < 3
+
+
+def test_an_interrupt_of_a_waiting_cell_pauses_the_run(pipe, tmp_path):
+    async def cells():
+        view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
+        waiting = asyncio.create_task(view.finished())
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        state = view.state
+        view.stop()
+        await view.finished()
+        return state
+
+    assert asyncio.run(cells()) == "paused"
+
+
+def test_a_run_that_fails_says_why(pipe, tmp_path, monkeypatch):
+    broken = calibration(pipe, tmp_path / "run")
+    monkeypatch.setattr(broken.trajectory, "inputs", lambda: 1 / 0)
+    view = explore.run(broken, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        view.wait(PATIENCE)
+    with pytest.raises(ZeroDivisionError):
+        view.still()
+
+
+def test_ratios_and_comparison_of_run_folders(pipe, tmp_path):
+    for name, candidates in (("one", 1), ("two", 2)):
+        calibration(pipe, tmp_path / name / "calibration", candidates=candidates).finish()
+    view = explore.ratios(tmp_path / "two" / "calibration", tmp_path)
+    captions = {view.still().caption}
+    layer = view.controls[1].options[1]
+    for change in ({"step": 2}, {"layer": layer}):
+        view.set(**change)
+        view.wait(PATIENCE)
+        captions.add(view.shown.caption)
+    assert len(captions) == 3 and layer in view.shown.caption
+    assert len(view.shown.data) == 6 and "iteration" in view.shown.data
+    both = explore.compare(tmp_path / "one" / "calibration", tmp_path / "two" / "calibration", tmp_path)
+    assert both.still().caption.endswith("candidates 1 / 2")  # and not the fingerprints that follow from it
+    assert both.shown.table["run"].tolist() == ["one", "two"] == list(both.shown.data["run"].unique())
+    with pytest.raises(ValueError, match="no ratios"):
+        explore.ratios(tmp_path / "one" / "calibration")
+
+
+@pytest.fixture(scope="module")
+def views(pipe, models, tmp_path_factory):
+    """One of each kind, with a figure."""
+    folder = tmp_path_factory.mktemp("views")
+    live = explore.run(calibration(pipe, folder / "two"), folder)
+    packed = live.finish()
+    calibration(pipe, folder / "one", candidates=1).finish()
+    made = [live, explore.ratios(folder / "two", folder), explore.compare(folder / "one", folder / "two", folder)]
+    made += [
+        explore.codebook(pipe.transformer, packed, out=folder),
+        explore.images(pipe, models, 8, steps=2, out=folder),
+    ]
+    for view in made:
+        view.still()
+    return made
+
+
+@pytest.mark.parametrize("venue, columns", [("ICML", 1), ("AAAI", 2)])
+def test_every_view_prints_at_the_exact_width_with_its_fonts_and_readable_text(views, venue, columns):
+    for view in views:
+        pdf = view.export(venue, columns)["pdf"]
+        width = VENUES[venue].column if columns == 1 else VENUES[venue].text
+        assert page_width(pdf) == pytest.approx(width * 72, abs=0.01), view.name
+        assert b"/FontFile2" in pdf.read_bytes() and b"/Type3" not in pdf.read_bytes(), view.name
+        sizes = printed_sizes(pdf)
+        assert sizes and 6 <= min(sizes) <= max(sizes) <= VENUES[venue].font_size, view.name
+
+
+def test_a_run_without_records_is_refused(tmp_path):
+    layer = {"count": 1, "frozen": 0.0, "moved": 0.0, "entropy": 0.0, "unused": 0}
+    record = Record(1, [1.0], 0.0, {"a": layer}, 1.0, 0)
+    for name, lines in (("empty", ""), ("full", json.dumps(asdict(record)) + "\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "records.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match="no records yet"):
+        explore.ratios(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty holds no records yet"):
+        explore.compare(tmp_path / "full", tmp_path / "empty")
+
+
+def test_panels_have_a_control_for_every_setting(pipe, models, tmp_path, monkeypatch):
+    from vqlib.explore import frontend
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *objects, **options: shown.append((objects[0], options)))
+    view = explore.images(pipe, models, count=4, steps=3, out=tmp_path)
+    frontend.show(view)
+    still, box = shown[0][0], shown[1][0]
+    assert set(still) == {"image/png", "text/plain"} and "vqlib-images" in box._dom_classes
+    panel = view.listeners[0]
+    assert list(panel.inputs) == list(view.settings)
+    panel.inputs["seed"].value = 3  # what a slider does
+    view.listeners[0]._still = Panel(view)  # no display to update here
+    view.listeners[0]._still.update = lambda *a, **k: None
+    view.wait(PATIENCE)
+    assert view.settings["seed"] == 3 and "seeds 3 … 6" in panel.caption.value
+    view.set(seed=4)
+    assert panel.inputs["seed"].value == 4
+
+
+def test_without_ipywidgets_there_is_a_still_figure(tmp_path):
+    script = (
+        "import sys; sys.modules['ipywidgets'] = None\n"
+        "from test_explore import Numbers\n"
+        f"Numbers({str(tmp_path)!r})._ipython_display_()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "number 0\n" in done.stdout and "sliders and buttons need ipywidgets" in done.stdout

@@ -1,0 +1,184 @@
+"""k-means: quality, guarantees, errors, and the cache on disk."""
+
+import pytest
+import torch
+
+from vqlib.quantizer import codebook as module
+from vqlib.quantizer.codebook import cached_codebook, fit_codebook
+
+
+def _points(count=6000, d=4, seed=0):
+    return torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
+
+
+def _plain_lloyd(x, codewords, iterations):
+    """Full Lloyd iterations in float64, as the textbook has them: -> mean squared error per coordinate."""
+    x, codewords = x.double(), codewords.double()
+    for _ in range(iterations):
+        codes = torch.cdist(x, codewords).argmin(dim=1)
+        counts = torch.bincount(codes, minlength=len(codewords))
+        sums = torch.zeros_like(codewords).index_add_(0, codes, x)
+        codewords = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codewords)
+    return torch.cdist(x, codewords).min(dim=1).values.square().mean().item() / x.shape[1]
+
+
+def test_separated_clusters_are_found_exactly():
+    centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    offsets = torch.tensor([[0.1, 0.0], [-0.1, 0.0], [0.0, 0.1], [0.0, -0.1]])
+    x = (centers[:, None] + offsets).reshape(-1, 2)
+    fitted = min((fit_codebook(x, 4, seed=seed) for seed in range(8)), key=lambda c: c.mse)
+    order = fitted.codewords.round().tolist()
+    assert sorted(order) == sorted(centers.tolist())
+    assert fitted.mse == pytest.approx(0.01 / 2, rel=1e-4)
+
+
+def test_mse_is_the_error_of_what_is_returned():
+    x = _points()
+    fitted = fit_codebook(x, 32)
+    assert fitted.mse == pytest.approx((x - fitted.reconstruct()).double().square().mean().item(), rel=1e-6)
+    assert torch.equal(fitted.assignments, module.kernels.assign(x, fitted.codewords))
+    assert fitted.codewords.dtype == torch.float32 and fitted.assignments.dtype == torch.int64
+
+
+@pytest.mark.parametrize("start", module.STARTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_error_never_rises_and_no_codeword_is_empty(start, seed):
+    x = _points(3000, 2, seed)
+    fitted = fit_codebook(x, 64, seed=seed, start=start, tolerance=0.0, iterations=40)
+    assert all(after <= before for before, after in zip(fitted.history, fitted.history[1:]))
+    assert fitted.history[-1] == fitted.mse < fitted.history[0]
+    assert torch.bincount(fitted.assignments, minlength=64).min() > 0
+
+
+def test_early_stop_stays_within_half_a_percent_of_a_hundred_full_iterations():
+    x = _points(20000, 4)
+    start = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:64]]
+    full = _plain_lloyd(x, start, 100)
+    whole, sampled = fit_codebook(x, 64), fit_codebook(x, 64, subsample=64)
+    assert whole.mse < 1.005 * full and sampled.mse < 1.005 * full
+    assert len(whole.history) < 80
+
+
+def test_large_layers_are_fitted_to_a_sample_first(monkeypatch):
+    x, seen = _points(20000, 4), []
+    monkeypatch.setattr(module, "_LARGE", 20000)
+    monkeypatch.setattr(module, "_SAMPLE", 64)
+    lloyd = module._lloyd
+    monkeypatch.setattr(module, "_lloyd", lambda x, *a: seen.append(len(x)) or lloyd(x, *a))
+    fitted = fit_codebook(x, 64)
+    assert seen == [64 * 64, 20000]
+    fit_codebook(x[1:], 64)
+    assert seen[2:] == [19999]
+    assert torch.equal(fitted.codewords, fit_codebook(x, 64, subsample=64).codewords)
+
+
+def test_result_is_a_fixed_point_of_plain_lloyd():
+    x = _points(2000, 2)
+    fitted = fit_codebook(x, 16, tolerance=0.0, iterations=500)
+    assert _plain_lloyd(x, fitted.codewords, 1) == pytest.approx(fitted.mse, rel=1e-5)
+
+
+def test_same_seed_same_codebook_and_other_seed_another():
+    x = _points()
+    one, two, other = fit_codebook(x, 16, seed=3), fit_codebook(x, 16, seed=3), fit_codebook(x, 16, seed=4)
+    assert torch.equal(one.codewords, two.codewords) and torch.equal(one.assignments, two.assignments)
+    assert not torch.equal(one.codewords, other.codewords)
+
+
+def test_as_many_codewords_as_distinct_points_reproduce_them():
+    values = _points(12, 3)
+    x = values[torch.randint(0, 12, (500,), generator=torch.Generator().manual_seed(0))]
+    fitted = fit_codebook(torch.cat([x, values]), 12)
+    assert fitted.mse == pytest.approx(0.0, abs=1e-12)
+    assert torch.bincount(fitted.assignments, minlength=12).min() > 0
+
+
+@pytest.mark.parametrize("start", module.STARTS)
+def test_few_values_repeated_often_leave_no_codeword_empty(start):
+    values = torch.arange(40.0).reshape(20, 2)
+    x = torch.cat([values[:1].expand(5000, 2), values])
+    fitted = fit_codebook(x, 20, start=start)
+    assert torch.bincount(fitted.assignments, minlength=20).min() > 0
+    assert fitted.mse < 0.5
+
+
+def test_an_empty_codeword_takes_the_farthest_point_of_the_worst_cluster():
+    x = torch.tensor([[0.0], [1.0], [10.0], [30.0], [14.0]])
+    codewords = torch.tensor([[0.5], [12.0], [99.0]])
+    assignments = torch.tensor([0, 0, 1, 1, 1])
+    taken = module._split_worst(x, codewords, assignments, torch.tensor([2]))
+    assert taken.tolist() == [3] and codewords[2].item() == 30.0
+
+
+def test_codewords_left_empty_by_the_last_pass_are_filled():
+    x = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
+    codewords, assignments = module._fill_empty(
+        x, torch.tensor([[0.0], [7.0], [1000.0]]), torch.tensor([0, 0, 1, 1])
+    )
+    assert torch.bincount(assignments, minlength=3).min() > 0
+    assert (x - codewords[assignments]).abs().sum() <= 4.0
+
+
+def test_one_codeword_is_the_mean():
+    x = _points(100, 4)
+    assert torch.allclose(fit_codebook(x, 1).codewords[0], x.mean(dim=0), atol=1e-6)
+
+
+def test_too_few_distinct_points_are_named():
+    x = torch.ones(50, 4)
+    x[0] = 2.0
+    with pytest.raises(ValueError, match=r"2 distinct sub-vectors among 50 .* k=3 codewords \(blocks.3.attn1.to_q\)"):
+        fit_codebook(x, 3, name="blocks.3.attn1.to_q")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    x = _points(10)
+    x[3, 1] = value
+    with pytest.raises(ValueError, match=r"1 of 40 weights are not finite \(proj_out\)"):
+        fit_codebook(x, 2, name="proj_out")
+
+
+@pytest.mark.parametrize("arguments", [{"start": "best"}, {"iterations": 0}])
+def test_unknown_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
+        fit_codebook(_points(10), 2, **arguments)
+
+
+def test_half_precision_weights_are_accepted():
+    assert fit_codebook(_points(200).half(), 8).codewords.dtype == torch.float32
+
+
+def test_cache_answers_the_second_call_without_fitting(tmp_path, monkeypatch):
+    x = _points(800)
+    first = cached_codebook(x, 16, tmp_path, seed=2)
+    monkeypatch.setattr(module, "fit_codebook", lambda *a, **o: pytest.fail("fitted again"))
+    again = cached_codebook(x, 16, tmp_path, seed=2)
+    assert torch.equal(again.codewords, first.codewords) and torch.equal(again.assignments, first.assignments)
+    assert (again.mse, again.history) == (first.mse, first.history)
+
+
+def test_cache_keeps_other_weights_and_arguments_apart(tmp_path):
+    x = _points(400)
+    for points, k, seed in ((x, 8, 0), (x + 1, 8, 0), (x, 9, 0), (x, 8, 1), (x.reshape(-1, 2), 8, 0)):
+        cached_codebook(points, k, tmp_path, seed=seed)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"{}" + b])
+def test_damaged_cache_files_are_replaced(tmp_path, damage):
+    x = _points(400)
+    first = cached_codebook(x, 8, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert torch.equal(cached_codebook(x, 8, tmp_path).codewords, first.codewords)
+    assert path.read_bytes() == whole
+
+
+def test_cached_codes_outside_the_codebook_are_not_believed(tmp_path):
+    x = _points(400)
+    first = cached_codebook(x, 8, tmp_path)
+    (path,) = tmp_path.iterdir()
+    module._write_cached(path, module.Codebook(first.codewords, first.assignments + 200, first.mse, first.history))
+    assert torch.equal(cached_codebook(x, 8, tmp_path).assignments, first.assignments)

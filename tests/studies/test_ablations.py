@@ -1,0 +1,112 @@
+"""Rows are made once, shared between groups, and kept apart by everything they depend on."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.studies import ablations
+from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings
+from vqlib.studies.ablations import Ablation
+
+GEOMETRY = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
+SHORT = CalibrationConfig(iterations=1, batch_size=2, steps=2)
+SETTING = Setting("a", "n = 2", GEOMETRY, SHORT)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return Ablation(tiny.pipeline(), tmp_path, images=140, sampling=SamplingConfig(steps=1))
+
+
+def test_a_finished_row_is_read_and_shared_by_groups(study, monkeypatch):
+    assert study.finished(SETTING, 0) is None
+    first = study.row(SETTING, 0)
+    monkeypatch.setattr(ablations, "packed_model", lambda *a: pytest.fail("made again"))
+    other_group = Setting("b", "base", GEOMETRY, SHORT.replace(seed=7))  # the row's seed counts, not this one
+    assert study.row(SETTING, 0) == study.finished(other_group, 0) == first
+    table = study.table([SETTING, other_group], [0, 1])
+    assert table[["group", "setting", "seed"]].values.tolist() == [["a", "n = 2", 0], ["b", "base", 0]]
+    assert table["fd"].tolist() == [first["metrics"]["fd"]] * 2
+    assert study.finished(SETTING, 1) is None
+
+
+def test_a_table_of_nothing_finished_is_empty(study):
+    assert len(study.table([SETTING], [0])) == 0
+
+
+@pytest.mark.parametrize("change", [{"vq": GEOMETRY.replace(candidates=1)}, {"calibration": SHORT.replace(lambda_r=0.5)}])
+def test_rows_of_other_settings_have_other_files(study, change):
+    other = Setting("a", "n = 2", **({"vq": GEOMETRY, "calibration": SHORT} | change))
+    assert study._path(study._conditions(other, 0)) != study._path(study._conditions(SETTING, 0))
+
+
+def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_thing_at_a_time():
+    base, vq = CalibrationConfig(iterations=7), VQConfig(candidates=3)
+    settings = standard_settings(vq, base)
+    assert len({(s.group, s.name) for s in settings}) == len(settings)
+    assert all(s.vq.bits == 2 for s in settings)
+    by_group = {}
+    for setting in settings:
+        by_group.setdefault(setting.group, {})[setting.name] = setting
+    for scope, group in SCOPES.items():
+        found = by_group[group]
+        names = ["k-means", *(f"paper, n = {n}" for n in (1, 2, 3, 4)), "release, n = 2"]
+        assert [name for name in found if "steps" not in name] == [*names, "best, n = 1", "best, n = 2"]
+        assert {s.vq.codebook_scope for s in found.values()} == {scope}
+        assert {s.calibration.iterations for n, s in found.items() if s.calibration and "steps" not in n} == {7}
+        released, best = found["release, n = 2"], found["best, n = 2"]
+        assert (released.vq.candidates, released.vq.ratio_start) == (2, "distance")
+        assert best.calibration == RECIPES["best"].replace(iterations=7)
+        assert best.vq == RECIPE_VQ["best"].replace(codebook_scope=scope)
+    best = by_group["a codebook per layer"]["best, n = 2"]
+    shape = {"codebook_scope", "candidates"}
+    pieces = {
+        "best: assignments": {"assignment", "ratio_start", "candidates"},
+        "best: ratio start": {"ratio_start"},
+        "best: hardening": {"ratio_loss_when", "freeze_rule"},
+        "paper: k, d at 2 bits": {"k", "d"},
+        "paper: ratio start, ratio loss": {"ratio_start", "ratio_loss"},
+        "paper: block inputs": {"block_inputs"},
+        "paper: calibration inputs": {"inputs"},
+        "paper: n, codebook per layer": {"candidates"},
+        "paper: n, one codebook": shape,
+        "mean loss: n, codebook per layer": shape | {"block_loss"},
+        "mean loss: n, one codebook": shape | {"block_loss"},
+        "λ_r, codebook per layer": shape | {"lambda_r", "block_loss"},
+        "λ_r, one codebook": shape | {"lambda_r", "block_loss"},
+        "codebook rate, one codebook": shape | {"lr_codebooks"},
+        "steps, one codebook": shape | {"iterations"},
+        "trained at n = 1, one codebook": shape | {"train_codebooks", "train_biases"},
+    }
+    assert set(pieces) == by_group.keys() - set(SCOPES.values())
+    for group, allowed in pieces.items():
+        start = (best.calibration, best.vq) if group.startswith("best") else (base, vq)
+        own, tried = allowed - shape or allowed, set()
+        for setting in by_group[group].values():
+            pairs = ((setting.calibration, start[0]), (setting.vq, start[1]))
+            changed = {k for new, old in pairs for k, v in dataclasses.asdict(new).items() if v != getattr(old, k)}
+            assert changed <= allowed, (setting, changed)
+            tried |= changed & own
+        assert tried == own, group  # every field that the group is about is changed somewhere in it
+
+
+def test_settings_of_one_step_are_settings_too():
+    settings = standard_settings(base=CalibrationConfig(iterations=1))
+    assert {s.name for s in settings if s.group == "steps, one codebook"} == {f"n = {n}, {i}" for n in (1, 3) for i in (1, 2)}
+
+
+def test_where_n_1_and_n_3_are_compared_each_condition_has_both():
+    settings = standard_settings(VQConfig(candidates=3), CalibrationConfig(iterations=8))
+    for group in ("codebook rate, one codebook", "steps, one codebook"):
+        found = [s for s in settings if s.group == group]
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        assert len(pairs) in (2, 3)
+        for one, three in pairs:
+            assert one.calibration == three.calibration and one.vq.replace(candidates=3) == three.vq
+    for group, scope in (("λ_r, codebook per layer", "layer"), ("λ_r, one codebook", "model")):
+        several = [s.calibration for s in settings if s.group == group and s.vq.candidates == 3]
+        weights = [(c.block_loss, c.lambda_r) for c in several]
+        assert weights == [("sum", 1.0), *(("mean", w) for w in (1e-3, 1e-2, 1.0))]
+        assert {s.vq.codebook_scope for s in settings if s.group == group} == {scope}

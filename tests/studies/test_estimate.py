@@ -1,0 +1,100 @@
+import dataclasses
+import importlib
+
+import pytest
+import tiny
+import torch
+
+from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.trajectory import Trajectory
+from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.models import dit
+from vqlib.models.geometry import Geometry
+from vqlib.packed.checkpoint import save
+from vqlib.quantizer.quantize import quantize
+from vqlib.studies.estimate import _moves, estimate
+from vqlib.studies.presets import preset
+
+module = importlib.import_module("vqlib.studies.estimate")  # vqlib.studies.estimate is the function
+
+SETTINGS = {"vq.k": 16, "vq.d": 4, "calibration.iterations": 6, "calibration.batch_size": 2, "calibration.steps": 4}
+JOB = preset("dit-mini-fashion-w2").with_settings(SETTINGS | {"images": 4, "sampling.steps": 2})
+
+
+@pytest.fixture(scope="module")
+def estimated():
+    return estimate(tiny.pipeline(), JOB)
+
+
+def test_every_stage_has_time_memory_and_disk(estimated):
+    table = estimated.table()
+    assert list(table["stage"]) == ["codebooks", "calibration", "sampling", "whole job"]
+    assert (table["minutes"] > 0).all() and (table["memory GiB"] > 0.05).all()
+    assert estimated.minutes == pytest.approx(table["minutes"].iloc[:-1].sum())
+    assert "CPU, " in str(estimated) and "whole job" in str(estimated)
+
+
+def test_the_disk_is_that_of_a_real_run(estimated, tmp_path):
+    pipe = tiny.pipeline()
+    packed = calibrate(pipe, quantize(pipe.transformer, JOB.vq), JOB.calibration, out=tmp_path).finish()
+    state = (tmp_path / "state.safetensors").stat().st_size
+    file = save(packed, tmp_path / "packed") / "diffusion_pytorch_model.safetensors"
+    assert estimated.disk["calibration"] == pytest.approx(2 * state + file.stat().st_size, rel=0.3)
+
+
+def test_twice_the_work_takes_about_twice_as_long_and_more_memory(estimated):
+    more = estimate(tiny.pipeline(), JOB.with_settings({"calibration.iterations": 6000, "images": 4000}))
+    assert more.seconds["calibration"] > 50 * estimated.seconds["calibration"]
+    assert more.seconds["sampling"] > 50 * estimated.seconds["sampling"]
+    assert more.disk["sampling"] == 1000 * estimated.disk["sampling"]
+
+
+def test_a_geometry_alone_needs_no_weights_and_leaves_random_numbers_alone(monkeypatch):
+    torch.manual_seed(3)
+    expected = torch.randn(2)
+    torch.manual_seed(3)
+    monkeypatch.setattr(module, "PROBE_WEIGHTS", 1)
+    wide = estimate(Geometry(hidden=64, heads=1, depth=500, sample_size=4, classes=3), JOB)
+    assert torch.equal(torch.randn(2), expected)
+    narrow = estimate(Geometry(hidden=64, heads=1, depth=250, sample_size=4, classes=3), JOB)
+    growth = [w - n for w, n in zip(wide.memory.values(), narrow.memory.values(), strict=True)]
+    assert growth[1] > 250 * 64 * 64 * 18 * (4 + 3)  # weights, and 3 logits with state for every 4
+
+
+def test_error_feedback_is_counted_with_its_second_moments(monkeypatch):
+    fed, seconds = JOB.with_settings({"vq.assignment": "error-feedback", "images": 0}), []
+    for batches in (64, 64_000):
+        monkeypatch.setattr(module, "BATCHES", batches)
+        seconds.append(estimate(tiny.pipeline(), fed).seconds["codebooks"])
+    assert seconds[1] > 50 * seconds[0]
+    whole = module._moments_memory(Geometry(), fed.vq)  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
+    assert 4 * 28 * (6 * 1152**2 + 4608**2) < whole < 6 * 2**30
+    assert module._moments_memory(Geometry(), JOB.vq) == 0
+
+
+def test_a_preset_may_be_named():
+    with pytest.raises(ValueError, match="'dit' is not one of"):
+        estimate(tiny.pipeline(), "dit")
+
+
+@pytest.mark.parametrize("batch, steps", [(1, 5), (3, 7), (16, 50)])
+def test_forwards_before_the_first_step_are_counted(batch, steps):
+    config, calls = CalibrationConfig(batch_size=batch, steps=steps), []
+    trajectory = Trajectory(tiny.pipeline(), config)
+    trajectory.stagger(lambda inputs: calls.append(1) or torch.zeros(2 * batch, 8, 8, 8))
+    assert len(calls) == _moves(config)
+    assert _moves(config.replace(inputs="noise")) == 0
+
+
+def test_probing_leaves_the_model_as_it_was():
+    pipe = tiny.pipeline()
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    estimate(pipe, JOB.with_settings({"vq.k": 16, "vq.d": 2}))
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+    assert len(dit.block_list(pipe.transformer)) == 2 and VQConfig(k=16, d=2).bits == 2
+
+
+def test_a_pipeline_without_a_vae_is_estimated_where_no_images_are_asked_for():
+    pipe = dataclasses.replace(tiny.pipeline(), vae=None)
+    found = estimate(pipe, JOB.with_settings({"images": 0}))
+    assert found.seconds["calibration"] > 0 and found.seconds["sampling"] == found.disk["sampling"] == 0

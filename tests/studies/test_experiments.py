@@ -1,0 +1,98 @@
+"""A row is computed once, goes on after a kill, and knows what it was made of."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.evaluation.extractors import load_extractor
+from vqlib.evaluation.references import STORED, load_reference
+from vqlib.models.sampling import sample
+from vqlib.studies import experiments
+from vqlib.system.fingerprint import fingerprint
+
+SAMPLING = SamplingConfig(steps=2, batch_size=50)
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """How many images each call of the sampler was asked for."""
+    counts, original = [], experiments.sample_batches
+    monkeypatch.setattr(
+        experiments, "sample_batches", lambda pipe, labels, *rest: counts.append(len(labels)) or original(pipe, labels, *rest)
+    )
+    return counts
+
+
+def test_a_row_is_computed_once_and_again_only_when_model_or_conditions_change(tmp_path, sampled):
+    pipe = tiny.pipeline()
+    first = experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, bootstrap=3)
+    assert experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, bootstrap=3) == first
+    assert sampled == [140] and first.images == 140 and first.fd_low < first.fd < first.fd_high
+    experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING.replace(guidance_scale=2.0))
+    other = copy.deepcopy(pipe.transformer)
+    other.proj_out_2.bias.add_(1.0)
+    assert experiments.measure(pipe, other, 140, tmp_path, SAMPLING).fd != first.fd
+    assert sampled == [140, 140, 140] and not list((tmp_path / "samples").iterdir())
+
+
+def test_a_killed_row_goes_on_from_its_last_batch_and_ends_the_same(tmp_path, sampled):
+    pipe, told = tiny.pipeline(), []
+
+    def killed(done, total, seconds):
+        told.append((done, total))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=killed)
+    resumed = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=killed)
+    assert sampled == [140, 40] and told == [(50, 140), (100, 140), (40, 40)]
+    whole = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "b", SAMPLING)
+    assert {**resumed.to_dict(), "minutes": 0} == {**whole.to_dict(), "minutes": 0}
+
+
+def test_kept_batches_are_the_samplers_and_a_damaged_one_is_made_again(tmp_path, sampled):
+    pipe, labels, seeds = tiny.pipeline(), [1, 2, 3, 4, 5, 6], range(6)
+    config = SAMPLING.replace(batch_size=2)
+    expected = sample(pipe, labels, seeds, config)
+    for damage in (None, 2):
+        if damage:
+            path = tmp_path / f"{damage:07}.safetensors"
+            path.write_bytes(path.read_bytes()[:20])
+        found = torch.cat(list(experiments.sampled_batches(pipe, labels, seeds, config, tmp_path)))
+        assert torch.equal(found, expected)
+    assert sampled == [6, 4]
+
+
+def test_classes_come_in_turn():
+    assert experiments.class_labels(tiny.pipeline(), 12) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):
+    pipe, vq = tiny.pipeline(), VQConfig(k=16, d=4)
+    settings = CalibrationConfig(iterations=2, batch_size=2, steps=3)
+    for name, how in (("k-means", None), ("calibrated", settings)):
+        made = experiments.packed_model(pipe, vq, how, tmp_path / name)
+        loaded = experiments.packed_model(pipe, vq, how, tmp_path / name)
+        assert loaded is not made
+        assert fingerprint(made) == fingerprint(loaded)
+    with pytest.raises(RuntimeError, match=r"packed was made with seed=0, now seed=1; give another folder"):
+        experiments.packed_model(pipe, vq, None, tmp_path / "k-means", seed=1)
+    with pytest.raises(RuntimeError, match=r"calibration=None, now calibration=\{"):
+        experiments.packed_model(pipe, vq.replace(candidates=1), settings, tmp_path / "k-means")
+    other = pipe.with_transformer(tiny.transformer(1))
+    with pytest.raises(RuntimeError, match="was made with source_sha256="):
+        experiments.packed_model(other, vq, None, tmp_path / "k-means")
+
+
+def test_equal_references_have_equal_fingerprints():
+    reference = load_reference("fashion-mnist-test")
+    moved = copy.copy(reference)
+    object.__setattr__(moved, "mean", reference.mean + 1e-9)
+    found = experiments.reference_fingerprint(reference)
+    assert found == experiments.reference_fingerprint(load_reference(STORED["fashion-mnist-test"]))
+    assert found != experiments.reference_fingerprint(moved)
+    assert reference.fingerprint == load_extractor("fashion").fingerprint

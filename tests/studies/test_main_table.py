@@ -1,0 +1,103 @@
+"""The main table: its rows, made once, by several processes, resumed, and read back in order."""
+
+import json
+
+import pytest
+import tiny
+from filelock import FileLock
+
+from vqlib.config import RECIPE_VQ
+from vqlib.studies import bench, main_table
+from vqlib.studies.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
+
+SMALL = TableConfig(
+    images=130, steps=1, iterations=2, hessian_batches=1, bootstrap=3, longer=((2, 129),), longer_methods=(),
+    methods=(("GPTQ", (2,)), ("k-means", (2,)), ("VQ4DiT", (2,))),
+)  # fmt: skip
+
+
+def test_rows_start_with_full_precision_then_most_bits_first_and_longer_sampling_last():
+    config = TableConfig(methods=(("k-means", (4, 2)), ("VQ4DiT", (2,))), longer=((100, 1000),), longer_methods=(("VQ4DiT", 2),))
+    rows = [(row.method, row.bits, row.steps, row.images) for row in config.rows()]
+    assert rows == [
+        ("full precision", None, 50, 5000), ("k-means", 4, 50, 5000), ("k-means", 2, 50, 5000), ("VQ4DiT", 2, 50, 5000),
+        ("full precision", None, 100, 1000), ("VQ4DiT", 2, 100, 1000),
+    ]  # fmt: skip
+    assert str(Row("k-means", 2, 50, 5000)) == "k-means, 2 bits, 50 steps, 5000 images"
+    with pytest.raises(ValueError, match="method 'AWQ' is not one of full precision, RTN"):
+        Bench(TableConfig(methods=(("AWQ", (2,)),)), "nowhere", tiny.pipeline())
+    with pytest.raises(ValueError, match=r"RTN at 5 bits: a group's size is known for \[2, 3, 4\] bits"):
+        Bench(TableConfig(methods=(("RTN", (5,)),)), "nowhere", tiny.pipeline())
+    assert config.replace(methods=[["GPTQ", [4]]]).methods == (("GPTQ", (4,)),)
+
+
+def test_the_bundled_table_has_what_the_paper_compares():
+    rows = TABLES["dit-mini-fashion"].rows()
+    assert {row.images for row in rows if row.steps == 50} == {5000} and {row.steps for row in rows} == {50, 100, 250}
+    for bits in (4, 3, 2):
+        assert {"RTN", "GPTQ", "k-means", "VQ4DiT"} <= {row.method for row in rows if row.bits == bits}
+    two = {row.method for row in rows if row.bits == 2}
+    assert {"codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"} <= two
+    assert TABLES["dit-xl-2-256"].model == "facebook/DiT-XL-2-256" and TABLES["dit-xl-2-256"].images == 10_000
+
+
+def test_every_row_is_made_once(tmp_path, monkeypatch):
+    pipe, lines = tiny.pipeline(), []
+    table = make_table(SMALL, tmp_path, report=lines.append, pipe=pipe)
+    assert len(table) == len(lines) == len(SMALL.rows()) == 5
+    assert table["method"].tolist() == [row.method for row in SMALL.rows()]
+    assert table["images"].tolist() == [130] * 4 + [129] and table["steps"].tolist() == [1] * 4 + [2]
+    assert "5 of 5 rows, about 0 min left" in lines[-1] and "FD" in lines[-1]
+    quantized = table[table["bits"] == 2]
+    assert (quantized["bits per weight"] > 2).all() and table["bits per weight"][0] == 32
+    vq = table[table["method"].isin(["k-means", "VQ4DiT"])]
+    assert vq["bits per weight"].nunique() == 1  # the same codes and codebooks
+    assert table["FD (fashion)"].nunique() == 5 and (table["FD (fashion) low"] < table["FD (fashion)"]).all()
+    assert table["seeds"][0] == "0–129" and {"CFG", "device", "extractor", "reference", "minutes"} <= set(table)
+
+    monkeypatch.setattr(Bench, "build", lambda *_: pytest.fail("a finished row was made again"))
+    again = make_table(SMALL, tmp_path, report=lines.append, pipe=pipe)
+    assert again.equals(table) and len(lines) == 5
+    more = Bench(SMALL.replace(longer=()), tmp_path, pipe)
+    assert len(read_table(more)) == 4  # rows belong to no particular table
+    changed = Bench(SMALL.replace(iterations=3), tmp_path, pipe)
+    assert read_table(changed)["method"].tolist() == ["full precision", "k-means", "full precision"]  # what calibration does not touch
+    monkeypatch.setitem(RECIPE_VQ, "best", RECIPE_VQ["best"].replace(candidates=3))
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "GPTQ", "k-means", "full precision"]
+    monkeypatch.setitem(bench.GROUP_SIZES, 2, 64)
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "k-means", "full precision"]
+
+
+def test_the_other_methods_are_built_at_the_same_bits(tmp_path):
+    bench = Bench(SMALL, tmp_path, tiny.pipeline())
+    names = ["codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"]
+    made = [bench.build(Row(name, 2, 1, 130)) for name in ("k-means", *names)]
+    assert len({one.bits_per_weight for one in made}) == 1 and not any(one.simulated for one in made)
+    first = "transformer_blocks.0.ff.net.0.proj"
+    weights = [one.model.get_submodule(first).weight() for one in made]
+    assert not any(weights[i].equal(weights[j]) for i in range(4) for j in range(i))
+    assert len(list((tmp_path / "models").iterdir())) == 4
+
+
+def test_a_row_that_another_process_makes_is_left_to_it(tmp_path):
+    bench = Bench(SMALL, tmp_path, tiny.pipeline())
+    row = SMALL.rows()[0]
+    bench.path(row).parent.mkdir(parents=True)
+    with FileLock(bench.path(row).with_suffix(".lock")):
+        assert bench.make(row) is False
+    assert bench.finished(row) is None and read_table(bench).empty
+    assert bench.make(row) is True and bench.make(row) is False
+    assert json.loads(bench.path(row).read_text())["row"]["method"] == "full precision"
+
+
+def test_two_workers_fill_one_table(tmp_path):
+    config = TableConfig(images=140, steps=1, methods=(), longer=((2, 140),), longer_methods=(), bootstrap=0)
+    lines = []
+    table = make_table(config, tmp_path, workers=2, report=lines.append)
+    assert table["steps"].tolist() == [1, 2] and not lines  # nothing was left for this process
+
+
+def test_a_worker_that_fails_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_table.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="2 of 2 table workers failed"):
+        make_table(SMALL, tmp_path, workers=2)

@@ -1,0 +1,55 @@
+import json
+import math
+
+import pytest
+
+from vqlib.config import CalibrationConfig
+from vqlib.models import pipeline
+from vqlib.models.geometry import Geometry
+from vqlib.studies.presets import PRESETS, preset
+
+
+def test_every_preset_has_the_papers_calibration_and_its_own_name():
+    assert list(PRESETS) == [
+        f"{model}-w{bits}" for model in ("dit-xl-2-256", "dit-xl-2-512", "dit-mini-fashion") for bits in (2, 3, 4)
+    ]
+    for name, job in PRESETS.items():
+        assert job.name == name and name.endswith(f"-w{job.vq.bits}")
+        assert job.calibration.replace(checkpoint_every=100) == CalibrationConfig()
+        assert job.vq.candidates == 3 and job.sampling.guidance_scale == 1.5 and job.sampling.steps == 50
+
+
+def test_expected_sizes_are_the_papers():
+    assert round(preset("dit-xl-2-256-w2").sizes.total, 2) == 162.08
+    assert round(preset("dit-xl-2-256-w3").sizes.total, 2) == 241.14
+    assert preset("dit-xl-2-512-w2").sizes == preset("dit-xl-2-256-w2").sizes
+
+
+def test_quoted_figures_come_with_their_source_and_unknown_ones_stay_unknown():
+    quoted = preset("dit-xl-2-256-w2").quoted
+    assert quoted["fid"] == 12.42 and quoted["mark"] == "third-party" and math.isnan(quoted["timesteps"])
+    assert preset("dit-xl-2-512-w2").quoted["fid"] == 35.08
+    assert preset("dit-xl-2-256-w3").quoted is None and preset("dit-mini-fashion-w2").quoted is None
+
+
+def test_the_bundled_preset_has_the_bundled_geometry():
+    config = json.loads((pipeline.DATA / pipeline.BUNDLED / "transformer" / "config.json").read_text())
+    assert preset("dit-mini-fashion-w2").geometry == Geometry.of(config)
+
+
+def test_settings_are_changed_by_their_dotted_names():
+    job = preset("dit-xl-2-256-w2").with_settings({"calibration.iterations": 20, "vq.k": 64, "vq.d": 2, "images": 500})
+    assert job.calibration == preset("dit-xl-2-256-w2").calibration.replace(iterations=20)
+    assert (job.vq.bits, job.vq.k, job.vq.d, job.images) == (3, 64, 2, 500)
+    assert preset("dit-xl-2-256-w2").with_settings({"vq.bits": 4}).vq.k == 256
+
+
+@pytest.mark.parametrize("key", ["iterations", "calibration.steep", "pipe.model", "name"])
+def test_unknown_settings_are_named(key):
+    with pytest.raises(ValueError, match=key.rpartition(".")[2]):
+        preset("dit-mini-fashion-w2").with_settings({key: 1})
+
+
+def test_unknown_presets_are_named():
+    with pytest.raises(ValueError, match="'dit-xl-2' is not one of dit-xl-2-256-w2"):
+        preset("dit-xl-2")

@@ -1,0 +1,25 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vqlib.system.files import write_bytes, write_tensors
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_bytes(tmp_path / "new folder" / "t.csv", b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    whole = torch.arange(6.0).view(2, 3)
+    tensors = {"whole": whole, "turned": whole.t(), "same": whole, "part": whole[1], "empty": torch.empty(0)}
+    path = write_tensors(tmp_path / "t.safetensors", tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], value) for name, value in tensors.items())

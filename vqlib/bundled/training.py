@@ -1,0 +1,128 @@
+"""One resumable training loop, shared by the classifier, the VAE and the DiT of the bundled model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqlib.system.files import write_tensors
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Steps, batch and AdamW rates of one training; `lr` warms up linearly and decays with a cosine to zero."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 500
+    weight_decay: float = 0.0
+    ema: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 1000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop yields every `log_every` steps: the step, its mean loss, images seen and minutes of computing so far."""
+
+    step: int
+    loss: float
+    images: int
+    minutes: float
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
+    count: int,
+    config: TrainConfig,
+    folder: str | Path,
+    log_every: int = 200,
+) -> Iterator[Progress]:
+    """Train in place, and finish with the moving-average weights in `model`.
+
+    `loss(model, index, generator)` gets int64 indices [batch] into `count` images. Every random draw of step s comes from
+    a generator seeded with (seed, s), so a killed run goes on from `folder` exactly as if it had not been killed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    start, minutes = _resume(model, optimizer, average, config, folder)
+    generator, total, summed, clock = torch.Generator(), 0.0, 0, time.monotonic()
+    model.train()
+    for step in range(start, config.steps):
+        generator.manual_seed(config.seed * 1_000_003 + step)
+        rate = min(1.0, (step + 1) / config.warmup) * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate
+        index = torch.randint(count, (config.batch,), generator=generator)
+        value = loss(model, index, generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(config.ema, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                average[name].lerp_(tensor, 1.0 - decay)
+            else:
+                average[name].copy_(tensor)
+        total, summed = total + value.item(), summed + 1
+        done = step + 1
+        spent = minutes + (time.monotonic() - clock) / 60
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            _save(model, optimizer, average, config, folder, done, spent)
+        if done % log_every == 0 or done == config.steps:
+            yield Progress(done, total / summed, done * config.batch, spent)
+            total, summed = 0.0, 0
+    model.load_state_dict(average)
+    model.eval()
+
+
+def finished(folder: str | Path, config: TrainConfig) -> Progress:
+    """How far the training in `folder` has come by its last checkpoint."""
+    with safe_open(Path(folder) / f"{config.name}.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    return Progress(about["step"], math.nan, about["step"] * config.batch, about["minutes"])
+
+
+def _save(model, optimizer, average, config, folder: Path, step: int, minutes: float) -> None:
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in average.items()}
+    for i, slot in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{i}.{k}": v for k, v in slot.items()}
+    about = json.dumps({"step": step, "minutes": minutes, "config": asdict(config)})
+    write_tensors(folder / f"{config.name}.safetensors", state, {"about": about})
+
+
+def _resume(model, optimizer, average, config: TrainConfig, folder: Path) -> tuple[int, float]:
+    path = folder / f"{config.name}.safetensors"
+    if not path.exists():
+        return 0, 0.0
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    if about["config"] != asdict(config):
+        raise ValueError(f"{path} belongs to another configuration: {about['config']} (asked for {asdict(config)})")
+    state = load_file(path)
+    model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+    for name in average:
+        average[name].copy_(state[f"ema.{name}"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return about["step"], about["minutes"]

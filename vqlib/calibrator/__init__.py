@@ -1,0 +1,1 @@
+"""Zero-data, block-wise calibration of codebooks and assignments."""

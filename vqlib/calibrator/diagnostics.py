@@ -1,0 +1,162 @@
+"""Why assignments matter, measured: do the gradients that share a codeword agree, and which candidate wins.
+
+A codeword's gradient is the sum of the gradients of all sub-vectors that share it; where those point different ways it
+cannot follow them. Models are looked at, never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from vqlib.calibrator.losses import block_loss
+from vqlib.calibrator.trajectory import Trajectory, teacher_output
+from vqlib.config import CalibrationConfig
+from vqlib.models import dit, pipeline
+from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.soft import CandidateLinear
+from vqlib.quantizer.subvectors import split
+from vqlib.system.memory import keep_freed_memory
+
+
+def subvector_gradients(
+    pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig | None = None, batches: int = 8
+) -> dict[str, Tensor]:
+    """dL_d/dŵ of every sub-vector (Eq. 8): layer -> [N, d], the mean over `batches` batches of the trajectory.
+
+    `model` is soft or packed; every block gets the full-precision activations. `config` chooses the trajectory.
+    """
+    names = {module: name for name, module in _quantized(model).items()}
+    total: dict[str, Tensor] = {}
+
+    def add_gradients(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        for name, gradient in _weight_gradients(student, names, args, kwargs, output).items():
+            total[name] = total[name] + gradient if name in total else gradient
+
+    _walk(pipe, model, config, batches, add_gradients)
+    return {n: split(total[n] / batches, m.codebook.shape[1], n) for n, m in _quantized(model).items() if n in total}
+
+
+def fresh_losses(
+    pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig | None = None, batches: int = 8
+) -> list[float]:
+    """L_d of every block (Eq. 8), the mean over `batches` batches of a trajectory of the caller's choice.
+
+    With a seed that calibration has not seen, and a packed model, this is what hardening and chance have left of a run.
+    """
+    total = [0.0] * len(dit.block_list(model))
+
+    def add_loss(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        total[index] += block_loss(student(*args, **kwargs), output).item() / batches
+
+    _walk(pipe, model, config, batches, add_loss)
+    return total
+
+
+def codeword_agreement(gradients: Tensor, assignments: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mean cosine similarity of all pairs of gradients that share a codeword, and how many share it: -> [k], [k].
+
+    gradients [N, d], assignments [N] in 0 … k − 1. With unit vectors u_i the mean over a group of m is
+    (‖Σu‖² − m) / (m(m − 1)). Gradients of length 0 have no direction and are left out; below two the mean is NaN.
+    """
+    if gradients.shape[:1] != assignments.shape:
+        raise ValueError(f"gradients {list(gradients.shape)} and assignments {list(assignments.shape)}: need [N, d], [N]")
+    wide = gradients.double()
+    lengths = wide.norm(dim=1)
+    directed = lengths > 0
+    groups = assignments[directed].long()
+    sums = torch.zeros(k, wide.shape[1], dtype=torch.float64, device=wide.device)
+    sums.index_add_(0, groups, wide[directed] / lengths[directed, None])  # [N, d] -> [k, d]
+    members = torch.bincount(groups, minlength=k)
+    cosines = (sums.square().sum(dim=1) - members) / (members * (members - 1))
+    return torch.where(members > 1, cosines, torch.nan), members
+
+
+def agreement_frame(gradients: Mapping[str, Tensor], assignments: Mapping[str, Tensor], k: int) -> pd.DataFrame:
+    """`codeword_agreement` of several layers: columns layer, codeword, members, cosine; only codewords with two or more."""
+    frames = []
+    for name, gradient in gradients.items():
+        cosines, members = codeword_agreement(gradient, assignments[name], k)
+        columns = {"layer": name, "codeword": range(k), "members": members.cpu(), "cosine": cosines.cpu()}
+        frames.append(pd.DataFrame(columns).dropna())
+    return pd.concat(frames, ignore_index=True)
+
+
+def mean_agreement(agreement: pd.DataFrame) -> float:
+    """The mean cosine of an `agreement_frame`, every codeword weighted by the sub-vectors that share it."""
+    return float((agreement["cosine"] * agreement["members"]).sum() / agreement["members"].sum())
+
+
+def assignments_of(model: nn.Module) -> dict[str, Tensor]:
+    """Layer -> assignments A, int64 [N]; of a soft layer the candidate with the largest ratio."""
+    return {name: layer.assignments() for name, layer in _quantized(model).items()}
+
+
+def winner_positions(student: nn.Module) -> pd.DataFrame:
+    """Position of the chosen candidate, 1 the first: columns layer, position, count, share of the layer's sub-vectors."""
+    rows = []
+    for name, layer in student.named_modules():
+        if isinstance(layer, CandidateLinear):
+            total, n = layer.candidates.shape
+            counts = torch.bincount(layer.winners(), minlength=n).tolist()
+            rows += [(name, position + 1, count, count / total) for position, count in enumerate(counts)]
+    return pd.DataFrame(rows, columns=["layer", "position", "count", "share"])
+
+
+def candidate_distances(x: Tensor, codewords: Tensor, candidates: Tensor) -> Tensor:
+    """Euclidean distance of every sub-vector x [N, d] to its candidates [N, n] among codewords [k, d]: -> [N, n]."""
+    columns = [(x - codewords[column.long()]).norm(dim=1) for column in candidates.unbind(1)]
+    return torch.stack(columns, dim=1)  # n × [N] -> [N, n]
+
+
+def _quantized(model: nn.Module) -> dict[str, CandidateLinear | VQLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, CandidateLinear | VQLinear)}
+
+
+def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig | None, batches: int, visit) -> None:
+    """Along a full-precision trajectory: `visit(index, the model's block, args, kwargs, full-precision output)`."""
+    if batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1")
+    keep_freed_memory()
+    trajectory = Trajectory(pipe, config or CalibrationConfig())
+    trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
+    pairs = list(zip(dit.block_list(pipe.transformer), dit.block_list(model), strict=True))
+    with ExitStack() as hooks:
+        for index, (teacher, student) in enumerate(pairs):
+
+            def follow(block: nn.Module, args: tuple, kwargs: dict, output: Tensor, index=index, student=student):
+                visit(index, student, args, kwargs, output)
+
+            hooks.callback(teacher.register_forward_hook(follow, with_kwargs=True).remove)
+        for _ in range(batches):
+            trajectory.advance(teacher_output(pipe, trajectory.inputs()))
+
+
+def _weight_gradients(
+    student: nn.Module, names: Mapping[nn.Module, str], args: tuple, kwargs: dict, output: Tensor
+) -> dict[str, Tensor]:
+    """dL/dW of one block's quantized layers, name -> [out, in]: from their inputs and the gradients of their outputs."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # layer -> its input, and a zero added to its output
+    with ExitStack() as hooks, torch.enable_grad():
+        for layer in student.modules():
+            if layer in names:
+                hooks.callback(layer.register_forward_hook(_probe(names[layer], seen)).remove)
+        loss = block_loss(student(*args, **kwargs), output)
+    grads = torch.autograd.grad(loss, [probe for _, probe in seen.values()])
+    return {
+        name: grad.flatten(0, -2).t() @ x.flatten(0, -2)  # [rows, out]ᵀ [rows, in] -> [out, in]
+        for (name, (x, _)), grad in zip(seen.items(), grads, strict=True)
+    }
+
+
+def _probe(name: str, seen: dict[str, tuple[Tensor, Tensor]]):
+    def hook(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        probe = torch.zeros_like(output, requires_grad=True)
+        seen[name] = args[0].detach(), probe
+        return output + probe
+
+    return hook

@@ -1,0 +1,45 @@
+"""What the layers' inputs look like, without data: second moments along the full-precision model's own trajectory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from vqlib.calibrator.trajectory import Trajectory, teacher_output
+from vqlib.config import CalibrationConfig
+from vqlib.models import dit
+from vqlib.models.pipeline import Pipeline
+
+BATCHES = 64  # calibration steps; adaLN sees one row an image, 2048 at batch 16 with guidance, for DiT-XL/2's 1152 inputs
+
+
+def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = BATCHES) -> dict[str, Tensor]:
+    """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
+
+    The inputs are those of `batches` calibration steps of `config`: the same trajectories, labels and guidance halves.
+    ‖(W − Ŵ) x‖² averaged over them is tr((W − Ŵ) H (W − Ŵ)ᵀ).
+    """
+    if batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1")
+    layers = dit.quantizable(pipe.transformer)
+    sums = {name: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for name, m in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+
+    def gather(name: str):
+        def hook(layer, args):
+            x = args[0].detach().float().flatten(0, -2)  # [..., in] -> [rows, in]
+            sums[name].addmm_(x.T, x)
+            counts[name] += len(x)
+
+        return hook
+
+    trajectory = Trajectory(pipe, config or CalibrationConfig())
+    trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(gather(name)).remove)
+        for _ in range(batches):
+            trajectory.advance(teacher_output(pipe, trajectory.inputs()))
+    return {name: total.div_(counts[name]) for name, total in sums.items()}

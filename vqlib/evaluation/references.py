@@ -1,0 +1,230 @@
+"""What generated images are compared with: the statistics and features of real ones, stored, or made on the spot.
+
+A stored reference is one safetensors file: mean and covariance in float64 (FD, exact), up to 10,000 features in float16
+(Precision, Recall), and a JSON text that says which extractor made them from which images. ADM's `.npz` is read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Progress, load_extractor
+from vqlib.evaluation.frechet import FeatureStatistics
+from vqlib.evaluation.image_sources import count_images, image_blocks
+from vqlib.system.files import write_tensors
+
+STORED = {"fashion-mnist-test": DATA / BUNDLED / "reference-fashion-mnist-test.safetensors"}
+MANIFOLD_IMAGES = 10_000  # reference images of Precision and Recall, as ADM's evaluator
+ABOUT = "reference"  # the key of the JSON text in the file's metadata
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of real images: mean [D], covariance [D, D] (float64), features [M, D] or None; the same for sFID.
+
+    `count` and `size` (pixels, H and W) are None where a file does not tell; `fingerprint` is the extractor's.
+    """
+
+    name: str
+    extractor: str
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor | None = None
+    spatial_mean: Tensor | None = None
+    spatial_covariance: Tensor | None = None
+    count: int | None = None
+    size: tuple[int, int] | None = None
+    fingerprint: str | None = None
+    images_sha256: str | None = None
+
+    def check(self, extractor: Extractor) -> None:
+        """Raise ValueError unless these statistics were made by this extractor with these weights."""
+        if extractor.name != self.extractor:
+            raise ValueError(
+                f"reference {self.name!r} was made with extractor {self.extractor!r}, not {extractor.name!r}"
+            )
+        if self.fingerprint is not None and extractor.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"reference {self.name!r} was made with other weights of {self.extractor!r}: "
+                f"SHA-256 {self.fingerprint[:12]}…, these are {extractor.fingerprint[:12]}…"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, atomically; features as float16."""
+        tensors = {"mean": self.mean, "covariance": self.covariance, "spatial_mean": self.spatial_mean,
+                   "spatial_covariance": self.spatial_covariance,
+                   "features": None if self.features is None else self.features.half()}
+        about = {"format": 1, "name": self.name, "extractor": self.extractor, "extractor_sha256": self.fingerprint,
+                 "count": self.count, "size": self.size, "images_sha256": self.images_sha256}
+        stored = {name: value for name, value in tensors.items() if value is not None}
+        write_tensors(path, stored, {ABOUT: json.dumps(about)})
+        return Path(path)
+
+
+def make_reference(
+    images,
+    extractor: str | Extractor,
+    path: str | Path | None = None,
+    name: str | None = None,
+    keep: int = MANIFOLD_IMAGES,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Reference:
+    """Statistics of `images` (see `image_blocks`), written to `path` where one is given.
+
+    Of more than `keep` images a random subset, drawn with `seed`, keeps its features; 0 keeps none.
+    """
+    extractor = load_extractor(extractor) if isinstance(extractor, str) else extractor
+    pool, spatial, kept = FeatureStatistics(), FeatureStatistics(), []
+    digest, shape = hashlib.sha256(), []
+
+    def hashed() -> Iterator[Tensor]:
+        for block in image_blocks(images):
+            shape[:] = block.shape[2:]
+            digest.update(block.cpu().contiguous().numpy().tobytes())
+            yield block
+
+    for found in extractor.stream(hashed(), cache, progress, count_images(images)):
+        pool.update(found.features)
+        if found.spatial is not None:
+            spatial.update(found.spatial)
+        if keep:
+            kept.append(found.features.half())
+    reference = Reference(
+        name=name or (Path(path).stem if path else str(images) if isinstance(images, (str, Path)) else "images"),
+        extractor=extractor.name,
+        mean=pool.mean,
+        covariance=pool.covariance,
+        features=_subset(torch.cat(kept), keep, seed).float() if keep else None,
+        spatial_mean=spatial.mean,
+        spatial_covariance=spatial.covariance if spatial.count else None,
+        count=pool.count,
+        size=tuple(shape),
+        fingerprint=extractor.fingerprint,
+        images_sha256=digest.hexdigest(),
+    )
+    if path is not None:
+        reference.save(path)
+    return reference
+
+
+def load_reference(path: str | Path) -> Reference:
+    """Read a stored reference by name or path: this module's safetensors, or ADM's `.npz` (statistics only).
+
+    Raises FileNotFoundError, and ValueError for a damaged or foreign file.
+    """
+    path = Path(STORED.get(str(path), path))
+    if not path.is_file():
+        raise FileNotFoundError(f"no reference at {path}; known names: {', '.join(STORED)}")
+    return _load_adm(path) if path.suffix == ".npz" else _load_stored(path)
+
+
+def resolve(
+    reference,
+    extractor: str | Extractor | None = None,
+    manifold: bool = True,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Reference, Extractor]:
+    """Whatever names a reference (name, file, folder, Dataset, tensor, Reference), and its extractor, ready to compare.
+
+    Without `extractor` the reference's own is loaded; real images do not know one, so there it must be named. With
+    `manifold`, features for Precision and Recall are taken from the images in ADM's file.
+    """
+    stored = _is_stored(reference)
+    if stored and not isinstance(reference, Reference):
+        path, reference = Path(STORED.get(str(reference), reference)), load_reference(reference)
+    else:
+        path = None
+    if extractor is None and not isinstance(reference, Reference):
+        raise ValueError(f"a reference made of images needs extractor=…, one of {', '.join(KINDS)}")
+    extractor = reference.extractor if extractor is None else extractor
+    extractor = load_extractor(extractor, device=device) if isinstance(extractor, str) else extractor
+    if not stored:
+        return make_reference(reference, extractor, cache=cache, progress=progress), extractor
+    reference.check(extractor)
+    if manifold and reference.features is None and path is not None and path.suffix == ".npz" and reference.size:
+        images = make_reference(path, extractor, cache=cache, progress=progress)
+        reference = Reference(**{**vars(reference), "features": images.features})
+    return reference, extractor
+
+
+def _is_stored(reference) -> bool:
+    if isinstance(reference, (str, Path)):
+        return str(reference) in STORED or (not Path(reference).is_dir() and not _npz_is_images(Path(reference)))
+    return isinstance(reference, Reference)
+
+
+def _npz_members(path: Path) -> set[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+
+
+def _npz_is_images(path: Path) -> bool:
+    """Whether an `.npz` holds images and no statistics, as ADM's sample files do."""
+    return path.suffix == ".npz" and path.is_file() and "mu" not in _npz_members(path)
+
+
+def _load_adm(path: Path) -> Reference:
+    members = _npz_members(path)
+    if not {"mu", "sigma"} <= members:
+        raise ValueError(f"{path} holds {', '.join(sorted(members))}; a reference needs mu and sigma")
+    with np.load(path, allow_pickle=False) as file:
+        values = {key: torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")
+                  if key in members}
+    size = None
+    if "arr_0" in members:
+        first = next(image_blocks(path, 1))
+        size = tuple(first.shape[2:])
+    reference = Reference(path.stem, "inception", values["mu"], values["sigma"], None,
+                          values.get("mu_s"), values.get("sigma_s"), size=size)
+    return _validated(reference, path)
+
+
+def _load_stored(path: Path) -> Reference:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[ABOUT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        values = {"name": about["name"], "extractor": about["extractor"], "fingerprint": about["extractor_sha256"],
+                  "count": about["count"], "images_sha256": about["images_sha256"],
+                  "size": tuple(about["size"]) if about["size"] else None}
+        if "features" in tensors:
+            tensors["features"] = tensors["features"].float()
+        reference = Reference(**values, **tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable reference: {error}") from None
+    return _validated(reference, path)
+
+
+def _validated(reference: Reference, path: Path) -> Reference:
+    if reference.extractor not in KINDS:
+        raise ValueError(f"{path}: extractor {reference.extractor!r} is not one of {', '.join(KINDS)}")
+    d = KINDS[reference.extractor].dimensions
+    if reference.mean.shape != (d,) or reference.covariance.shape != (d, d):
+        found = f"mean {tuple(reference.mean.shape)} and covariance {tuple(reference.covariance.shape)}"
+        raise ValueError(f"{path} holds {found}; extractor {reference.extractor!r} has {d} dimensions")
+    return reference
+
+
+def _subset(features: Tensor, keep: int, seed: int) -> Tensor:
+    """Rows of `features`, all or `keep` of them drawn without replacement, in order."""
+    if len(features) <= keep:
+        return features
+    drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:keep]
+    return features[drawn.sort().values]

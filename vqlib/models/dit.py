@@ -1,0 +1,48 @@
+"""The DiT as all stages see it: its blocks, their linears, one forward; and a layer put in another's place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vqlib.kernels.products import DenseLinear
+
+
+def block_list(transformer: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks in forward order: the members of its module lists that hold linears."""
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    return [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
+
+
+def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the blocks by its dotted name: attention, MLP and adaLN modulation.
+
+    DiT's timestep and label embedders, which diffusers keeps as a copy in every block (`norm1.emb`), are left out.
+    """
+    names = {module: name for name, module in transformer.named_modules()}
+    found = {}
+    for block in block_list(transformer):
+        prefix = names[block]
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("norm1.emb."):
+                found[f"{prefix}.{name}"] = module
+    return found
+
+
+def with_fast_products(transformer: nn.Module) -> nn.Module:
+    """The transformer itself, its quantizable linears replaced by `DenseLinear`s of the same parameters."""
+    for name, layer in quantizable(transformer).items():
+        swap(transformer, name, DenseLinear.of(layer))
+    return transformer
+
+
+def swap(transformer: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`, as in `transformer_blocks.3.attn1.to_q`."""
+    parent, _, leaf = name.rpartition(".")
+    owner = transformer.get_submodule(parent)
+    owner.get_submodule(leaf)  # raises AttributeError where there is none
+    owner._modules[leaf] = module
+
+
+def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    """The transformer's output [R, 2C, h, w] (ε and v) for latents [R, C, h, w], model times [R] and class labels [R]."""
+    return transformer(x, timestep=timestep, class_labels=labels, return_dict=False)[0]

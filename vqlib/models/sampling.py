@@ -1,0 +1,184 @@
+"""The original DiT's sampler: respaced DDPM, learned variance, classifier-free guidance, one generator per image.
+
+What differs from diffusers' `DiTPipeline`: the learned variance is used, the first 3 of the 4 latent channels are
+guided, images are truncated to uint8 instead of rounded, and every image draws all its noise from its own seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vqlib.config import SamplingConfig
+from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
+from vqlib.models.pipeline import Pipeline
+from vqlib.system.memory import keep_freed_memory
+
+# Matrix products of 1 … 3 rows take other kernels on the CPU, which round differently. From 4 rows on, an image of the
+# models tried came out bit-equal whatever its neighbours, so a smaller batch is filled up to 4.
+SMALLEST_FORWARD = 4
+# Convolutions round differently for every batch size, so the VAE always decodes exactly this many latents at a time.
+DECODED_AT_ONCE = 8
+
+Preview = Callable[[int, Tensor], object]
+
+
+class SamplingCancelled(RuntimeError):
+    """A preview callback returned False; the message says how far sampling had come."""
+
+
+def sample(
+    pipe: Pipeline,
+    class_labels: Iterable[int],
+    seeds: Iterable[int],
+    config: SamplingConfig | None = None,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress: bool = False,
+    preview: Preview | None = None,
+) -> Tensor:
+    """One image per (label, seed): uint8 [B, C, H, W] on the CPU. Arguments as in `sample_batches`."""
+    options = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress, "preview": preview}
+    batches = sample_batches(pipe, class_labels, seeds, config, **options)
+    return torch.cat(list(batches))  # [b, C, H, W] each -> [B, C, H, W]
+
+
+def sample_batches(
+    pipe: Pipeline,
+    class_labels: Iterable[int],
+    seeds: Iterable[int],
+    config: SamplingConfig | None = None,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    progress: bool = False,
+    preview: Preview | None = None,
+) -> Iterator[Tensor]:
+    """Yield uint8 [b, C, H, W] in order, b ≤ config.batch_size, holding one batch at a time.
+
+    An image depends on its own label and seed only; to go on after n images, pass `class_labels[n:]` and `seeds[n:]`.
+    `steps` and `guidance_scale` override the config. `preview(done, latents)` is called after each DDPM step with the
+    number of steps done and x [b, C, h, w]; if it returns False, SamplingCancelled is raised.
+    Raises ValueError, before anything is computed, on a label outside the classes, on counts that differ, on more steps
+    than the model was trained with, on more guided channels than it has, and on a transformer in training mode.
+    """
+    config = config or SamplingConfig()
+    changes = {"steps": steps, "guidance_scale": guidance_scale}
+    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    labels, seeds = [int(label) for label in class_labels], [int(seed) for seed in seeds]
+    _check(pipe, labels, seeds, config)
+    sampler = _Sampler(pipe, config)
+    return _batches(sampler, labels, seeds, progress, preview)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in −1 … 1 to 0 … 255, clamped, then truncated as the original does (not rounded)."""
+    return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+class _Sampler:
+    """What stays the same from batch to batch: the model, the respaced schedule, the settings."""
+
+    def __init__(self, pipe: Pipeline, config: SamplingConfig) -> None:
+        self.pipe, self.config = pipe, config
+        parameter = next((p for p in pipe.transformer.parameters() if p.is_floating_point()), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.dtype = torch.float32 if parameter is None else parameter.dtype
+        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)
+        self.posterior: Posterior = self.schedule.posterior()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def latents(self, labels: list[int], seeds: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (steps done, x [b, C, h, w] float32) after each DDPM step, from pure noise to x_0."""
+        count = len(labels)
+        filler = max(0, SMALLEST_FORWARD - count)  # repeats the last image; dropped before anyone sees it
+        label = torch.tensor(labels + labels[-1:] * filler, device=self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * filler]
+        x = self.noise(generators)
+        for done, index in enumerate(reversed(range(self.config.steps)), start=1):
+            step = torch.full((len(label),), index)
+            mean, log_variance = self.posterior.predict(self.output(x, label, index), x, step)
+            x = mean  # the last step adds no noise
+            if index > 0:
+                x = x + (0.5 * log_variance).exp() * self.noise(generators)
+            yield done, x[:count]
+
+    def noise(self, generators: list[torch.Generator]) -> Tensor:
+        """N(0, 1) of shape [B, C, h, w], drawn on the CPU so that a seed means the same image on every device."""
+        draws = [torch.randn(self.pipe.latent_shape, generator=generator) for generator in generators]
+        return torch.stack(draws).to(self.device)  # B × [C, h, w] -> [B, C, h, w]
+
+    def output(self, x: Tensor, label: Tensor, index: int) -> Tensor:
+        """The model's (guided) ε and v at schedule step `index`, float32 [B, 2C, h, w]; one forward of B or 2B."""
+        guided = self.config.guidance_scale != 1.0
+        if guided:
+            x = torch.cat([x, x])  # [B, C, h, w] -> [2B, C, h, w]
+            label = torch.cat([label, torch.full_like(label, self.pipe.null_class)])  # [B] -> [2B]
+        timestep = torch.full_like(label, int(self.schedule.timesteps[index]))
+        output = self.pipe.transformer(x.to(self.dtype), timestep=timestep, class_labels=label).sample.float()
+        return guide(output, self.config.guidance_scale, self.config.guidance_channels) if guided else output
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [b, C, h, w] to uint8 images [b, C', H, W] on the CPU."""
+        images = []
+        for part in latents.split(DECODED_AT_ONCE):
+            filled = torch.cat([part, part[-1:].expand(DECODED_AT_ONCE - len(part), *part.shape[1:])])
+            images.append(to_uint8(self.pipe.decode(filled))[: len(part)].cpu())
+        return torch.cat(images)
+
+
+def _batches(
+    sampler: _Sampler, labels: list[int], seeds: list[int], progress: bool, preview: Preview | None
+) -> Iterator[Tensor]:
+    size, steps = sampler.config.batch_size, sampler.config.steps
+    with _bar(len(labels), sampler.config, progress) as advance:
+        for first in range(0, len(labels), size):
+            chosen = slice(first, first + size)
+            # Not a decorator: inference mode must not leak into the caller between two batches.
+            with torch.inference_mode():
+                for done, x in sampler.latents(labels[chosen], seeds[chosen]):
+                    if preview is not None and preview(done, x) is False:
+                        message = f"cancelled at step {done} of {steps}, after {first} of {len(labels)} images"
+                        raise SamplingCancelled(message)
+                    advance(len(x))
+                images = sampler.decode(x)
+            yield images.clone()  # outside inference mode, so an ordinary tensor
+
+
+@contextmanager
+def _bar(count: int, config: SamplingConfig, progress: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar over image steps that an interrupt closes, and a line that stays when it is gone."""
+    if not progress:
+        yield lambda images: None
+        return
+    from tqdm.auto import tqdm
+
+    start = time.perf_counter()
+    with tqdm(total=count * config.steps, unit="image step", unit_scale=True, leave=False) as bar:
+        yield bar.update
+    seconds = time.perf_counter() - start
+    settings = f"{config.steps} steps, guidance {config.guidance_scale:g}"
+    print(f"{count} images ({settings}) in {seconds:.1f} s, {count / seconds:.2f} images/s")
+
+
+def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: SamplingConfig) -> None:
+    if len(labels) != len(seeds):
+        raise ValueError(f"{len(labels)} class labels but {len(seeds)} seeds; give one of each per image")
+    if not labels:
+        raise ValueError("0 class labels and 0 seeds: there is nothing to sample")
+    classes = len(pipe.class_names)
+    for position, label in enumerate(labels):
+        if not 0 <= label < classes:
+            known = f"0 … {classes - 1}, the model's classes"
+            raise ValueError(f"class label {label} (image {position}) is outside {known}")
+    channels = pipe.latent_shape[0]
+    if config.guidance_channels > channels:
+        raise ValueError(f"guidance_channels={config.guidance_channels} but the latents have {channels} channels")
+    if pipe.transformer.training:
+        raise ValueError("the transformer is in training mode, which drops class labels at random; call .eval() first")

@@ -1,0 +1,161 @@
+"""Packed checkpoints: a calibrated transformer as a small folder, checked as a whole before it is used.
+
+`save` writes what `save_pretrained` writes, atomically; `load_transformer` reads what `from_pretrained` reads, and
+checks config, header and sizes before diffusers sees the folder. The format is described in `vqlib.packed.container`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pandas as pd
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from vqlib.config import VQConfig
+from vqlib.packed import container
+from vqlib.packed.diffusers_backend import Method, PackedConfig, VQQuantizer, packed_layers
+from vqlib.packed.header import FORMAT, WEIGHTS, CheckpointError, parse_json, read_header, require_plausible
+from vqlib.packed.layer import VQLinear
+from vqlib.system.folders import recover_folder, write_folder
+
+__all__ = ["CheckpointError", "attach", "load_transformer", "save", "size_report"]
+CONFIG = "config.json"
+CONFIG_LIMIT = 16 << 20  # bytes
+
+
+def attach(
+    model: ModelMixin, provenance: Mapping[str, Any] | None = None, storage: str = "float16", scope: str | None = None
+) -> ModelMixin:
+    """Make a transformer of `VQLinear` layers one that diffusers knows as quantized, in place; returns it.
+
+    Afterwards `save_pretrained` and `dequantize` work, and tensors that the file holds as float16 are rounded to it, so
+    the file and the model are bit-equal. Raises ValueError where nothing is packed or the model is not diffusers'.
+    """
+    layers = packed_layers(model)
+    if not isinstance(model, ModelMixin) or not layers:
+        raise ValueError(f"{type(model).__name__} has {len(layers)} packed layers; a packed diffusers model is needed")
+    first = next(iter(layers.values()))
+    scope = scope or _scope(layers)
+    config = PackedConfig(VQConfig(k=first.k, d=first.d, codebook_scope=scope, candidates=1), storage, provenance)
+    quantizer = VQQuantizer(config, pre_quantized=True)
+    quantizer.remember(model)
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, Method.VQ4DIT
+    container.align(model)
+    return container.round_for_storage(model) if storage == "float16" else model
+
+
+def save(
+    model: ModelMixin, folder: str | Path, provenance: Mapping[str, Any] | None = None, storage: str = "float16"
+) -> Path:
+    """Write a packed transformer to `folder`, whole or not at all; returns the folder.
+
+    provenance: JSON-safe notes kept in config.json. The model is attached first (see `attach`), which rounds its other
+    tensors to `storage`: what is in memory afterwards is what is on disk, and reloading gives bit-equal outputs. An
+    existing checkpoint is replaced; FileExistsError where the folder holds anything else.
+    """
+    known = getattr(model, "hf_quantizer", None)
+    scope = None
+    if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true
+        scope = known.quantization_config.config.codebook_scope
+        provenance = known.quantization_config.provenance if provenance is None else provenance
+    attach(model, provenance, storage, scope)
+    with write_folder(Path(folder), may_replace={CONFIG, WEIGHTS}) as partial:
+        model.save_pretrained(partial, max_shard_size="1000TB")
+    return Path(folder)
+
+
+def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> ModelMixin:
+    """The packed transformer of a folder, in eval mode, float32 with codebooks as stored.
+
+    Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
+    their claims. Raises CheckpointError naming file, tensor and reason.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    file = folder / CONFIG
+    model_class, config = _read_config(file)
+    header = read_header(folder / WEIGHTS)
+    settings = {k: v for k, v in config.items() if k != "quantization_config"}
+    if header.config != container.config_digest(model_class.__name__, settings, config["quantization_config"]):
+        raise CheckpointError(file, "", "is not the config that was saved with these weights")
+    require_plausible(file, settings, len(header.names()))
+    try:
+        model = model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever diffusers stumbles over, the file is at fault: it was checked to be ours
+        raise CheckpointError(folder, "", f"{model_class.__name__} cannot be built ({error})") from error
+    return model.to(device).eval()
+
+
+def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
+    """Where the bytes of a packed model's file are: one row per packed layer, a last one for all that is not packed.
+
+    Columns: layer, shape ("out×in"), k, d, codes_bytes, codebook_bytes (with the scale, if any), bias_bytes,
+    other_bytes, bits_per_weight (codes and codebook). What several layers share is counted at the first. `attrs` holds
+    tensor_bytes, the file without its header, and bits_per_weight over all packed layers.
+    """
+    layers = packed_layers(model)
+    stored, _ = container.encode(model.state_dict(), storage, "")
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
+    rows = [_row(name, layer, sizes) for name, layer in layers.items()]
+    columns = ("codes_bytes", "codebook_bytes", "bias_bytes")
+    packed = sum(row[column] for row in rows for column in columns)
+    rest = dict.fromkeys(columns, 0) | {"layer": "(not packed)", "shape": ""}
+    rest["other_bytes"] = sum(sizes.values()) - packed
+    table = pd.DataFrame([*rows, rest]).astype({"k": "Int64", "d": "Int64"})
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    bits = 8 * sum(row["codes_bytes"] + row["codebook_bytes"] for row in rows)
+    table.attrs = {"tensor_bytes": sum(sizes.values()), "bits_per_weight": bits / weights if weights else float("nan")}
+    return table
+
+
+def _row(name: str, layer: VQLinear, sizes: Mapping[str, int]) -> dict[str, Any]:
+    codes, codebook, scale, bias = (sizes.get(f"{name}.{part}", 0) for part in ("codes", "codebook", "scale", "bias"))
+    return {
+        "layer": name,
+        "shape": f"{layer.out_features}×{layer.in_features}",
+        "k": layer.k,
+        "d": layer.d,
+        "codes_bytes": codes,
+        "codebook_bytes": codebook + scale,
+        "bias_bytes": bias,
+        "other_bytes": 0,
+        "bits_per_weight": 8 * (codes + codebook + scale) / (layer.in_features * layer.out_features),
+    }
+
+
+def _scope(layers: Mapping[str, VQLinear]) -> str:
+    """What shares a codebook, told by how many different ones there are."""
+    distinct = len({layer.codebook.data_ptr() for layer in layers.values()})
+    if distinct == len(layers):
+        return "layer"
+    return "model" if distinct == 1 else "block"
+
+
+def _read_config(file: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """config.json of a packed checkpoint and the diffusers class it names. Raises CheckpointError."""
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(CONFIG_LIMIT + 1)
+    except OSError as error:
+        raise CheckpointError(file, "", f"cannot be read ({error.strerror})") from None
+    if len(raw) > CONFIG_LIMIT:
+        raise CheckpointError(file, "", f"is larger than {CONFIG_LIMIT} bytes")
+    config = parse_json(raw, file, "config")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != Method.VQ4DIT.value:
+        raise CheckpointError(file, "quantization_config", "is not that of a packed checkpoint")
+    if quantization.get("format") != FORMAT:
+        reason = f"format {quantization.get('format')!r}; this version reads format {FORMAT}"
+        raise CheckpointError(file, "quantization_config", reason)
+    model_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if not isinstance(model_class, type) or not issubclass(model_class, ModelMixin):
+        raise CheckpointError(file, "_class_name", f"{config.get('_class_name')!r} is not a diffusers model")
+    return model_class, config

@@ -1,0 +1,209 @@
+"""The header of a packed checkpoint, checked before anything is allocated from what it claims.
+
+The format is described in `vqlib.packed.container`. Here: which tensors the file says it holds and where, the manifest of
+checksums, and whether both can be true of a file of this size and a model of this geometry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqlib.kernels.bits import bits_for, packed_size
+
+FORMAT = 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+HEADER_LIMIT = 32 << 20  # bytes; a header names tensors, it never needs more
+MAX_SETTING = 1 << 24
+MAX_TABLE = 1 << 26  # numbers in a position table; SD3's 192×192×1536 is 56.6 million
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, mislabelled or not ours; the message names file, tensor and reason."""
+
+    def __init__(self, file: Path | str, tensor: str, reason: str) -> None:
+        message = f"{file}: {tensor + ': ' if tensor else ''}{reason}"
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a damaged name may not be printable
+        self.file, self.tensor, self.reason = str(file), tensor, reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header claims it; bytes `start` … `stop` of the data section."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors header that passed `read_header`: entries tile the file exactly, manifest fits the entries."""
+
+    file: Path
+    entries: dict[str, Entry]
+    config: str
+    digests: dict[str, str]
+    aliases: dict[str, str]
+
+    def find(self, name: str) -> Entry | None:
+        """The entry that holds `name`, followed through its alias."""
+        return self.entries.get(self.aliases.get(name, name))
+
+    def layers(self) -> list[str]:
+        """Names of the quantized layers."""
+        return [name.removesuffix(".codes") for name in self.entries if name.endswith(".codes")]
+
+    def names(self) -> list[str]:
+        """Every name of the state dict that this file provides."""
+        scales = {f"{layer}.scale" for layer in self.layers()}
+        return sorted({*self.entries, *self.aliases, *scales})
+
+
+def read_header(file: Path) -> Header:
+    """Parse and check the header of a packed checkpoint, reading nothing else. Raises CheckpointError."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                reason = f"truncated or not safetensors: a header of {length} bytes is claimed in a file of {size}"
+                raise CheckpointError(file, "", reason)
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(file, "", f"cannot be read ({error.strerror})") from None
+    fields = parse_json(raw, file, "header")
+    metadata = fields.pop("__metadata__", {})
+    entries = {name: _entry(file, name, claim) for name, claim in fields.items()}
+    _require_tiling(file, entries, size - 8 - length)
+    return _with_manifest(file, entries, metadata)
+
+
+def parse_json(raw: bytes, file: Path, part: str) -> dict[str, Any]:
+    """One JSON object without repeated keys. Raises CheckpointError on anything else."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(file, "", f"{part} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(file, "", f"{part} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def require_plausible(file: Path, settings: Mapping[str, Any], names: int) -> None:
+    """Refuse a config whose skeleton alone would exhaust memory or time, before it is built. Raises CheckpointError.
+
+    names: tensors the weights provide; a model has at least one tensor in every layer.
+    """
+    for key, value in settings.items():
+        if isinstance(value, int) and (value > MAX_SETTING or ("layers" in key and value > names)):
+            raise CheckpointError(file, key, f"{value} cannot be right for a file of {names} tensors")
+    widest = max((v for k, v in settings.items() if isinstance(v, int) and "dim" in k), default=1)
+    width = max(widest, widest * _whole(settings.get("num_attention_heads")))
+    for key in ("sample_size", "pos_embed_max_size"):  # position tables are computed, not stored: [tokens, width]
+        side = _whole(settings.get(key)) // (_whole(settings.get("patch_size")) if key == "sample_size" else 1)
+        if side * side * width > MAX_TABLE:
+            reason = f"{settings[key]} asks for a position table of {side}×{side}×{width} numbers"
+            raise CheckpointError(file, key, reason)
+
+
+def require_layer(header: Header, layer: str, in_features: int, out_features: int) -> tuple[int, int, torch.dtype]:
+    """k, d and codebook dtype of a layer whose claims fit its geometry. Raises CheckpointError naming the tensor."""
+    codes, book = header.find(f"{layer}.codes"), header.find(f"{layer}.codebook")
+    if book is None:
+        raise CheckpointError(header.file, f"{layer}.codebook", "is missing")
+    if len(book.shape) != 2 or not book.dtype.is_floating_point or not 1 <= book.shape[0] <= 1 << 16:
+        reason = f"is {NAMES[book.dtype]} {list(book.shape)}, not a floating codebook [k, d] with k up to 65536"
+        raise CheckpointError(header.file, f"{layer}.codebook", reason)
+    k, d = book.shape
+    if d < 1 or in_features % d:
+        reason = f"d={d} does not divide in_features {in_features}"
+        raise CheckpointError(header.file, f"{layer}.codebook", reason)
+    expected = packed_size(out_features * in_features // d, bits_for(k))
+    if codes.dtype != torch.uint8 or codes.shape != (expected,):
+        reason = (
+            f"is {NAMES[codes.dtype]} {list(codes.shape)}; a weight [{out_features}, {in_features}] with k={k}, "
+            f"d={d} takes U8 [{expected}]"
+        )
+        raise CheckpointError(header.file, f"{layer}.codes", reason)
+    return k, d, book.dtype
+
+
+def sha256(*parts) -> str:
+    """Hexadecimal SHA-256 of the parts, one after the other."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
+def _whole(value: Any) -> int:
+    return max(1, value) if isinstance(value, int) else 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is repeated")
+    return result
+
+
+def _entry(file: Path, name: str, claim: Any) -> Entry:
+    """One header field, or a CheckpointError that says what is wrong with it."""
+    try:
+        dtype, shape, (start, stop) = DTYPES[claim["dtype"]], tuple(claim["shape"]), claim["data_offsets"]
+        sizes = [*shape, start, stop]
+        if len(shape) > 8 or any(type(v) is not int or not 0 <= v < 1 << 48 for v in sizes):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(file, name, f"is not described by dtype, shape and offsets: {str(claim)[:120]}") from None
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        reason = f"{claim['dtype']} {list(shape)} takes {math.prod(shape) * dtype.itemsize} bytes, not {stop - start}"
+        raise CheckpointError(file, name, reason)
+    return Entry(dtype, shape, start, stop)
+
+
+def _require_tiling(file: Path, entries: dict[str, Entry], data: int) -> None:
+    """The tensors lie end to end and fill the data section: no gap, no overlap, nothing cut off."""
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            raise CheckpointError(file, name, f"starts at byte {entry.start}, the tensor before it ends at {position}")
+        position = entry.stop
+        if position > data:
+            raise CheckpointError(file, name, f"truncated: ends at byte {position} of {data}")
+    if position != data:
+        raise CheckpointError(file, "", f"{data - position} bytes follow the last tensor")
+
+
+def _with_manifest(file: Path, entries: dict[str, Entry], metadata: Any) -> Header:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("vqlib"), str):
+        raise CheckpointError(file, "", "has no vqlib manifest: it is not a packed checkpoint")
+    raw = metadata["vqlib"].encode("utf-8", "replace")
+    if sha256(raw) != metadata.get("vqlib_sha256"):
+        raise CheckpointError(file, "", "the manifest does not have the checksum that was saved with it")
+    manifest = parse_json(raw, file, "manifest")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(file, "", f"format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    config, digests, aliases = (manifest.get(key) for key in ("config", "tensors", "aliases"))
+    if not isinstance(digests, dict) or not isinstance(aliases, dict):
+        raise CheckpointError(file, "", "the manifest lacks its tables of tensors and aliases")
+    for name in digests.keys() ^ entries.keys():
+        raise CheckpointError(file, name, "is missing" if name in digests else "is not in the manifest")
+    for name, source in aliases.items():
+        if name in entries or not isinstance(source, str) or source not in entries or name.endswith(".codes"):
+            raise CheckpointError(file, name, f"is an alias of {source!r}, which cannot be")
+    return Header(file, entries, str(config), digests, aliases)

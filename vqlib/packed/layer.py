@@ -1,0 +1,189 @@
+"""The two forms of a vector-quantized linear layer; a new stage is a new type, there is no mode flag for training.
+
+`CandidateLinear` is soft and being calibrated; `VQLinear` is hard, packed and for inference only.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from vqlib.kernels.bits import CHUNK, bits_for, pack_codes, packed_size, unpack_codes, unpack_range
+from vqlib.kernels.products import linear
+
+
+class VQLinear(nn.Module):
+    """A linear layer whose weight [out, in] is read as scale · C[A]: N = out·in/d codes into a codebook [k, d].
+
+    codes: uint8 [ceil(N·ceil(log2 k)/8)], bit-packed (`vqlib.kernels.bits`); codebook: [k, d]; scale: float32 [], 1 unless
+    the codebook is shared; bias: [out] or None. Several layers may hold the same codebook tensor. By default the dense
+    weight lives only for the length of one call, in a buffer that all layers share; `materialize()` keeps it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        d: int,
+        k: int,
+        device: torch.device | str | None = None,
+        codebook_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Zero weights of the given geometry. Raises ValueError where d does not divide in_features."""
+        super().__init__()
+        if d < 1 or in_features % d:
+            raise ValueError(f"in_features {in_features} is not divisible by d={d}")
+        self.in_features, self.out_features, self.d, self.k = in_features, out_features, d, k
+        self.bits = bits_for(k)
+        self.count = out_features * in_features // d
+        size = packed_size(self.count, self.bits)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("codebook", torch.zeros(k, d, dtype=codebook_dtype, device=device))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("dense", None, persistent=False)
+
+    @classmethod
+    def from_assignments(
+        cls,
+        assignments: Tensor,
+        codewords: Tensor,
+        shape: tuple[int, int],
+        bias: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> VQLinear:
+        """The layer of assignments [N] and codewords [k, d] for a weight of `shape` [out, in].
+
+        The codewords are held, not copied, so layers made from one tensor share it. Raises ValueError on sizes that
+        do not fit together or on an assignment outside 0 … k − 1.
+        """
+        (out_features, in_features), (k, d) = shape, codewords.shape
+        layer = cls(in_features, out_features, False, d, k, device="meta", codebook_dtype=codewords.dtype)
+        if assignments.shape != (layer.count,):
+            raise ValueError(
+                f"a weight [{out_features}, {in_features}] has {layer.count} sub-vectors of d={d}, "
+                f"got assignments of shape {list(assignments.shape)}"
+            )
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"out_features {out_features} needs a bias of that length, got {list(bias.shape)}")
+        if layer.count and not 0 <= int(assignments.min()) <= int(assignments.max()) < k:
+            raise ValueError(
+                f"assignments {int(assignments.min())} … {int(assignments.max())} reach outside k={k} codewords"
+            )
+        layer.codes = pack_codes(assignments.detach(), layer.bits).to(codewords.device)
+        layer.codebook = codewords.detach() if codewords.requires_grad else codewords
+        layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=codewords.device).detach().reshape(())
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes and codebook per weight; a shared codebook is counted in full here."""
+        stored = 8 * self.codes.numel() + 8 * self.codebook.element_size() * self.codebook.numel()
+        return stored / (self.in_features * self.out_features)
+
+    def assignments(self) -> Tensor:
+        """The unpacked codes A, int64 [N]."""
+        return unpack_codes(self.codes, self.bits, self.count)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight scale · C[A], [out, in], in the codebook's dtype unless another is asked for."""
+        if self.dense is not None:
+            return self.dense if dtype is None else self.dense.to(dtype)
+        return self._gather(dtype or self.codebook.dtype, out=None)
+
+    def materialize(self, dtype: torch.dtype | None = None) -> VQLinear:
+        """Speed mode: keep the dense weight until `release()`, in `dtype` (the bias's unless given)."""
+        fallback = self.codebook.dtype if self.bias is None else self.bias.dtype
+        self.dense = self._gather(dtype or fallback, out=None)
+        return self
+
+    def release(self) -> VQLinear:
+        """Memory mode: drop the dense weight, rebuild it in every call."""
+        self.dense = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; the weight is rebuilt in the dtype of x."""
+        dense, bias, dtype = self.dense, self.bias, x.dtype
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if dense is not None:
+            return linear(x, dense if dense.dtype == dtype else dense.to(dtype), bias)
+        # Autograd would keep the shared buffer for its backward pass, and a compiler would bake it into the graph.
+        private = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        out = None if private else _scratch(self.count * self.d, x.device, dtype)
+        return linear(x, self._gather(dtype, out), bias)
+
+    def extra_repr(self) -> str:
+        """Geometry and the figure everyone asks for."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"k={self.k}, d={self.d}, bits_per_weight={self.bits_per_weight:.3f}"
+        )
+
+    def _gather(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """scale · C[A] into `out` [N·d]: one compiled pass on the CPU, elsewhere a chunk of codes at a time."""
+        shape = self.out_features, self.in_features
+        if torch.compiler.is_compiling():
+            table = (self.codebook.float() * self.scale).to(dtype)
+            codes = unpack_range(self.codes, self.bits, 0, self.count)
+            return table.index_select(0, codes).view(shape)  # [N] -> [out, in]
+        with torch.no_grad():
+            table = self._table(dtype)
+            flat = torch.empty(self.count * self.d, dtype=dtype, device=table.device) if out is None else out
+            rows = flat.view(self.count, self.d)
+            if table.device.type == "cpu" and _cpu_packed() is not None:
+                return _cpu_packed().gather(self.codes, self.bits, table, rows).view(shape)
+            for start in range(0, self.count, CHUNK):
+                stop = min(start + CHUNK, self.count)
+                codes = unpack_range(self.codes, self.bits, start, stop)
+                torch.index_select(table, 0, codes, out=rows[start:stop])
+            return rows.view(shape)  # [N, d] -> [out, in]
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        """scale · C in `dtype`, [k, d]; rounded once, before the gather."""
+        if self.scale.device.type == "cpu" and self.scale.item() == 1.0:  # elsewhere, asking would wait for the device
+            return self.codebook.to(dtype)
+        return (self.codebook.float() * self.scale).to(dtype)
+
+    def _apply(self, fn, recurse: bool = True) -> VQLinear:
+        """As nn.Module, but the scale stays float32 whatever dtype the rest is moved to."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+@lru_cache(maxsize=None)
+def _cpu_packed():
+    """The compiled kernel, or None without numba; imported at first use to keep imports fast."""
+    try:
+        from vqlib.kernels import cpu_gather as cpu_packed
+    except ImportError:
+        return None
+    return cpu_packed
+
+
+_buffers = threading.local()
+
+
+def drop_scratch() -> None:
+    """Free this thread's shared buffers; the next layer that needs one makes it anew."""
+    _buffers.__dict__.clear()
+
+
+def _scratch(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The first `numel` elements of this thread's one buffer for (device, dtype); it grows to the largest layer."""
+    held = _buffers.__dict__.setdefault("held", {})
+    buffer = held.get((device, dtype))
+    if buffer is None or buffer.numel() < numel:
+        held.pop((device, dtype), None)
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
+            buffer = held[device, dtype] = torch.empty(numel, device=device, dtype=dtype)
+    return buffer[:numel]

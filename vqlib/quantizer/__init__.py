@@ -1,0 +1,1 @@
+"""Weights -> codes: sub-vectors, codebook, candidates, error feedback, the soft layer."""

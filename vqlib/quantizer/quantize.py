@@ -1,0 +1,102 @@
+"""Weights -> codebooks -> candidates: a full-precision transformer becomes a student of `CandidateLinear` layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqlib.config import VQConfig
+from vqlib.models import dit
+from vqlib.quantizer.candidates import find_candidates
+from vqlib.quantizer.codebook import cached_codebook, fit_codebook
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
+from vqlib.quantizer.soft import CandidateLinear
+from vqlib.quantizer.subvectors import split
+
+
+def quantize(
+    transformer: nn.Module,
+    config: VQConfig,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
+
+    The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
+    for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
+    `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
+    refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer
+    whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, before any work is done.
+    """
+    layers = dit.quantizable(transformer)
+    hessians = {} if hessians is None or config.assignment == "nearest" else hessians
+    for name, layer in layers.items():
+        split(layer.weight, config.d, name)
+        if config.assignment == "nearest":
+            continue
+        if name not in hessians:
+            raise ValueError(f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}")
+        if hessians[name].shape != (layer.in_features, layer.in_features) or not hessians[name].isfinite().all():
+            raise ValueError(
+                f"in_features {layer.in_features} needs a finite Hessian of that size, "
+                f"got {list(hessians[name].shape)} ({name})"
+            )
+    student = _copy_without(transformer, layers.values())
+    for group in _groups(transformer, layers, config.codebook_scope):
+        for name, replacement in _quantize_group(group, config, seed, cache, hessians):
+            dit.swap(student, name, replacement)
+    return student.eval()
+
+
+def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) -> Iterator[dict[str, nn.Linear]]:
+    """The layers that share a codebook: each alone, each block's, or all."""
+    if scope == "layer":
+        yield from ({name: layer} for name, layer in layers.items())
+    elif scope == "model":
+        yield layers
+    else:
+        for block in dit.block_list(transformer):
+            members = set(block.modules())
+            yield {name: layer for name, layer in layers.items() if layer in members}
+
+
+def _quantize_group(
+    group: dict[str, nn.Linear], config: VQConfig, seed: int, cache: str | Path | None, hessians: Mapping[str, Tensor]
+) -> Iterator[tuple[str, CandidateLinear]]:
+    """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
+    shared = config.codebook_scope != "layer"
+    scales = {name: _scale(layer) if shared else None for name, layer in group.items()}
+    parts = [_normalized(layer, config.d, scales[name]) for name, layer in group.items()]
+    label = next(iter(group)) if len(group) == 1 else f"{next(iter(group))} … ({len(group)} layers)"
+    x = parts[0] if len(parts) == 1 else torch.cat(parts)
+    options = {"seed": seed, "iterations": config.kmeans_iterations, "name": label}
+    codebook = cached_codebook(x, config.k, cache, **options) if cache else fit_codebook(x, config.k, **options)
+    codewords = nn.Parameter(codebook.codewords)
+    for (name, layer), part in zip(group.items(), parts, strict=True):
+        if hessians:
+            weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
+            candidates = candidates_with_feedback(weight, hessian, codewords.data, config.candidates, config.ratio_start)
+            if not shared:
+                codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)
+        else:
+            candidates = find_candidates(part, codewords.data, config.candidates, config.ratio_start)
+        yield name, CandidateLinear(codewords, candidates, tuple(layer.weight.shape), layer.bias, scales[name])
+
+
+def _scale(layer: nn.Linear) -> Tensor:
+    return layer.weight.detach().double().pow(2).mean().sqrt().float()  # in float64 threads split no digit that is kept
+
+
+def _normalized(layer: nn.Linear, d: int, scale: Tensor | None) -> Tensor:
+    x = split(layer.weight.detach().float(), d)
+    return x if scale is None else x / scale
+
+
+def _copy_without(module: nn.Module, replaced) -> nn.Module:
+    """A deep copy in which the modules about to be replaced are shared, not copied: no second set of large weights."""
+    return copy.deepcopy(module, {id(layer): layer for layer in replaced})

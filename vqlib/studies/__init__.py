@@ -1,0 +1,1 @@
+"""Whole jobs: presets, estimates, methods and baselines, rows and tables, ablations."""

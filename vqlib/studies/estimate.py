@@ -1,0 +1,254 @@
+"""Minutes, memory and disk of a job before it starts, from a short probe of the same code on the same machine.
+
+The first block of the model, or more where they are small, or seeded ones of its shape, are quantized, calibrated for a
+few steps and run packed; the whole model takes as many times that as it has blocks. Not counted: loading, evaluation, a
+download of weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from vqlib.calibrator.calibrate import Calibration
+from vqlib.calibrator.hessians import BATCHES, input_hessians
+from vqlib.calibrator.trajectory import Trajectory
+from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.models import dit
+from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.geometry import MIB, Geometry
+from vqlib.models.pipeline import Pipeline
+from vqlib.models.sampling import DECODED_AT_ONCE
+from vqlib.packed.harden import harden
+from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.soft import CandidateLinear
+from vqlib.studies.presets import Preset, preset
+
+GIB = 2**30
+PROBE_WEIGHTS = 30e6  # of the blocks tried; one block of DiT-XL/2 has 24 million
+PROBE_STEPS = 4  # of calibration; the first warms up
+PROBE_FLOPS = {"cpu": 3e11, "cuda": 3e13}  # of one timed forward pass
+# Tensors [rows, tokens, hidden] at once, one of the MLP counted as four: in a block's graph, in a forward pass.
+IN_GRAPH, IN_FORWARD = 34, 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will take, stage by stage: seconds, bytes of memory at the peak, bytes on disk at the peak."""
+
+    job: str
+    device: str
+    seconds: dict[str, float]
+    memory: dict[str, int]  # of the process on a CPU, of torch's allocator on a GPU
+    disk: dict[str, int]
+
+    @property
+    def minutes(self) -> float:
+        """Of all stages together."""
+        return sum(self.seconds.values()) / 60
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes at the peak of all stages."""
+        return max(self.memory.values())
+
+    def table(self) -> pd.DataFrame:
+        """One row per stage and one for the whole job: minutes, memory in GiB, disk in MiB."""
+        rows = [(name, self.seconds[name], self.memory[name], self.disk[name]) for name in self.seconds]
+        rows.append(("whole job", sum(self.seconds.values()), self.peak_memory, sum(self.disk.values())))
+        columns = ["stage", "minutes", "memory GiB", "disk MiB"]
+        return pd.DataFrame([(name, s / 60, m / GIB, d / MIB) for name, s, m, d in rows], columns=columns)
+
+    def __str__(self) -> str:
+        formats = dict.fromkeys(("minutes", "memory GiB"), "{:.2f}".format) | {"disk MiB": "{:.1f}".format}
+        return f"{self.job} on {self.device}, estimated:\n{self.table().to_string(index=False, formatters=formats)}"
+
+
+def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.device | str | None = None) -> Estimate:
+    """What `job` will take with `source`: a loaded pipeline, or a Geometry alone (then without the decoding of images).
+
+    device: by default the pipeline's, else the CPU. Takes seconds for the bundled model and on a GPU, longer for
+    DiT-XL/2 on a CPU. Nothing is written but a temporary folder.
+    """
+    job = preset(job) if isinstance(job, str) else job
+    pipe = source if isinstance(source, Pipeline) else None
+    geometry = Geometry.of(pipe.transformer.config) if pipe else source
+    device = torch.device(device or (pipe.device if pipe else "cpu"))
+    _compile(job.vq, device)
+    held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
+    probe = _first_blocks(pipe, geometry, device)
+    hessians, moments = _moments(probe, job, device)
+    fit, student = _timed(lambda: quantize(probe.transformer, job.vq, hessians=hessians), device)
+    run = _Steps(probe, student, job.calibration)
+    calibration = run.seconds * job.calibration.iterations + run.checkpoint * _checkpoints(job.calibration)
+    calibration += _moves(job.calibration) * run.teacher
+    sampling = _sampling(probe.with_transformer(harden(student)), job, device) if job.images else 0.0
+    share = len(dit.block_list(student)) / geometry.depth
+    seconds = {"codebooks": (fit + moments) / share, "calibration": calibration / share, "sampling": sampling / share}
+    seconds["sampling"] += _decoding(pipe, job, device) if pipe and job.images else 0.0
+    checkpoints = int(2 * run.state / share)  # the old one and the new one
+    disk = {"codebooks": 0, "calibration": checkpoints + _packed(geometry, job.vq)}
+    disk["sampling"] = job.images * _image_bytes(pipe, geometry) if job.images else 0
+    return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run), disk)
+
+
+class _Steps:
+    """A few steps of the probe: seconds of a step, a checkpoint, a teacher forward; bytes of what a run holds."""
+
+    def __init__(self, probe: Pipeline, student: nn.Module, config: CalibrationConfig) -> None:
+        short = config.replace(iterations=PROBE_STEPS, inputs="noise", checkpoint_every=0)
+        device = probe.device
+        with tempfile.TemporaryDirectory() as folder:
+            run = Calibration(probe, student, short, folder)
+            records = [next(run) for _ in range(PROBE_STEPS - 1)]
+            whole, last = _timed(lambda: (next(run), run.close())[0], device)
+            self.seconds = sorted(record.seconds for record in [*records[1:], last])[(PROBE_STEPS - 1) // 2]
+            self.checkpoint = max(0.0, whole - last.seconds)
+            self.state = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        self.optimizer = sum(t.numel() * t.element_size() for t in run.optimizers.state().values())
+        inputs = Trajectory(probe, short).inputs()
+        call = lambda: dit.forward(probe.transformer, inputs.x, inputs.timestep, inputs.labels)  # noqa: E731
+        self.teacher = min(_timed(call, device)[0] for _ in range(2))
+
+
+def _moments(probe: Pipeline, job: Preset, device: torch.device) -> tuple[dict[str, torch.Tensor] | None, float]:
+    """Second moments of the probe's inputs where error feedback needs them, and the seconds of all batches of them."""
+    if job.vq.assignment == "nearest":
+        return None, 0.0
+    tried, noise = 2, job.calibration.replace(inputs="noise")
+    seconds, hessians = _timed(lambda: input_hessians(probe, noise, tried), device)
+    return hessians, (BATCHES + _moves(job.calibration)) / tried * seconds
+
+
+def _compile(vq: VQConfig, device: torch.device) -> None:
+    """Compile the kernels for this d and n on one small block, so that no probe pays for it."""
+    k = min(vq.k, 300)
+    vq = vq.replace(bits=None, k=k, candidates=min(vq.candidates, k), kmeans_iterations=2)
+    probe = _first_blocks(None, Geometry(hidden=64 * vq.d, heads=1, depth=1, sample_size=4, classes=2), device)
+    single = CalibrationConfig(batch_size=1)
+    hessians = input_hessians(probe, single, 1) if vq.assignment == "error-feedback" else None
+    student = quantize(probe.transformer, vq, hessians=hessians)
+    _Steps(probe, student, single)
+    dit.forward(harden(student), *_inputs(probe, 2))
+
+
+def _first_blocks(pipe: Pipeline | None, geometry: Geometry, device: torch.device) -> Pipeline:
+    """A pipeline, without VAE, of the first blocks alone, or of seeded ones of that geometry; at least one."""
+    depth = min(geometry.depth, max(1, int(PROBE_WEIGHTS // geometry.block_weights)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = DiTTransformer2DModel(**geometry.config(depth)).eval().requires_grad_(False)
+    if pipe:
+        weights = pipe.transformer.state_dict()
+        transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
+    transformer = dit.with_fast_products(transformer)
+    schedule = pipe.schedule if pipe else NoiseSchedule.linear()
+    return Pipeline("probe", transformer.to(device), None, schedule, tuple(map(str, range(geometry.classes))))
+
+
+def _inputs(probe: Pipeline, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(rows, *probe.latent_shape, generator=torch.Generator().manual_seed(0)).to(probe.device)
+    return x, torch.full((rows,), 500, device=probe.device), torch.zeros(rows, dtype=torch.int64, device=probe.device)
+
+
+def _sampling(packed: Pipeline, job: Preset, device: torch.device) -> float:
+    """Seconds of the probe's blocks in all forward passes of sampling, from one of as many rows as affordable."""
+    guided = 2 if job.sampling.guidance_scale != 1.0 else 1
+    rows = guided * min(job.sampling.batch_size, job.images)
+    affordable = PROBE_FLOPS.get(device.type, 3e11) / Geometry.of(packed.transformer.config).flops()
+    tried = min(rows, max(4, int(affordable)))
+    inputs = _inputs(packed, tried)
+    with torch.inference_mode():
+        call = lambda: dit.forward(packed.transformer, *inputs)  # noqa: E731
+        seconds = min(_timed(call, device)[0] for _ in range(3))
+    return seconds / tried * guided * job.images * job.sampling.steps
+
+
+def _image_bytes(pipe: Pipeline | None, geometry: Geometry) -> int:
+    """Of one image as uint8; without a pipeline, of DiT-XL/2's VAE: 3 channels, 8 pixels a latent's side."""
+    if pipe is None:
+        return 3 * (8 * geometry.sample_size) ** 2
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return pipe.vae.config.out_channels * (scale * geometry.sample_size) ** 2
+
+
+def _decoding(pipe: Pipeline, job: Preset, device: torch.device) -> float:
+    """Seconds to decode all images, from one decoding of as many as are decoded at once."""
+    latents = torch.zeros(DECODED_AT_ONCE, *pipe.latent_shape, device=device)
+    return min(_timed(lambda: pipe.decode(latents), device)[0] for _ in range(2)) * job.images / DECODED_AT_ONCE
+
+
+def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run: _Steps) -> dict[str, int]:
+    """Bytes at the peak of each stage, from what the blocks of the probe hold."""
+    soft = [layer for layer in student.modules() if isinstance(layer, CandidateLinear)]
+    tried = len(dit.block_list(student))
+    layers = sum(t.numel() * t.element_size() for layer in soft for t in layer.state_dict().values()) // tried
+    optimizer, largest = run.optimizer // tried, max(len(layer.candidates) for layer in soft)
+    depth, config = geometry.depth, job.calibration
+    rest = 4 * (geometry.parameters_in_memory - depth * (geometry.block_weights + geometry.block_biases))
+    row = 4 * geometry.tokens * geometry.hidden
+    rows = config.batch_size * (2 if config.guidance_scale != 1.0 else 1)
+    graphs = depth if config.block_inputs == "end-to-end" else 1
+    graph = graphs * (IN_GRAPH * rows * row + layers + 3 * 4 * geometry.block_weights)
+    on_cpu = soft[0].candidates.device.type == "cpu"
+    snapshot = depth * run.state // tried if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
+    return {
+        "codebooks": held + rest + depth * layers + largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq),
+        "calibration": held + rest + depth * (layers + optimizer) + graph + snapshot,
+        "sampling": held + rest + _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
+    }
+
+
+def _moments_memory(geometry: Geometry, vq: VQConfig) -> int:
+    """Bytes of all second moments in float32 and of error feedback's work on the widest layer in float64."""
+    if vq.assignment == "nearest":
+        return 0
+    shapes = geometry.linears().values()
+    moments = geometry.depth * sum(into**2 for _, into in shapes)
+    return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in shapes)
+
+
+def _packed(geometry: Geometry, vq: VQConfig) -> int:
+    """Bytes of the packed file: codes, float32 codebooks, all else once in float16."""
+    sizes = geometry.sizes(vq)
+    rest = geometry.parameters - geometry.depth * geometry.block_weights
+    return int((sizes.codes + sizes.codebooks) * MIB) + 2 * rest
+
+
+def _checkpoints(config: CalibrationConfig) -> int:
+    return -(-config.iterations // (config.checkpoint_every or config.iterations))
+
+
+def _moves(config: CalibrationConfig) -> int:
+    """Teacher forwards before the first step, to spread the images over the trajectory."""
+    if config.timestep_order != "staggered" or config.inputs == "noise":
+        return 0
+    return (config.batch_size - 1) * config.steps // config.batch_size
+
+
+def _timed(call: Callable, device: torch.device) -> tuple[float, object]:
+    """Seconds of a call, waiting for the device on both sides, and what it returned."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = call()
+    wait()
+    return time.perf_counter() - started, result
+
+
+def _held(device: torch.device) -> int:
+    """Bytes in use now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
