@@ -23,7 +23,9 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
 	@cat $(TOUR)/summary.txt
 
-test: $(STAMP)  ## all tests but those in a browser and of the CUDA kernels
+test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of the CUDA kernels
+	$(BIN)/ruff check vqlib tests benchmarks
+	$(BIN)/ruff format --check vqlib tests benchmarks
 	$(BIN)/python -m pytest tests
 
 kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)

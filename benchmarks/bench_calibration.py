@@ -96,7 +96,9 @@ def main() -> None:
     vq = VQConfig(bits=2, candidates=options.candidates, kmeans_iterations=1)
     notes = [f"{device_name(device, options.threads)}; {versions('numba')}."]
     seeded = not options.model
-    pipe = seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else pipeline.load(options.model).to(device)
+    pipe = (
+        seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else pipeline.load(options.model).to(device)
+    )
     blocks = len(dit.block_list(pipe.transformer))
     if options.estimate:
         changes = {f"calibration.{name}": value for name, value in config.to_dict().items()}
@@ -129,7 +131,9 @@ def main() -> None:
     notes.append(f"{blocks} blocks, batch {options.batch} with guidance, n = {options.candidates}, 2 bits, {len(steps)} "
                  f"steps, products in {options.products}; peak memory {peak_memory(device) / 2**30:.2f} GiB.")  # fmt: skip
     rows = []
-    for clock, step, low in zip(("wall", "processor"), zip(*steps[1:]), zip(*floors), strict=True):  # the first step warms up
+    for clock, step, low in zip(
+        ("wall", "processor"), zip(*steps[1:]), zip(*floors), strict=True
+    ):  # the first step warms up
         row = {"clock": clock, "step s": statistics.median(step), "fastest": min(step), "slowest": max(step)}
         row |= {"floor s": statistics.median(low), "step / floor": statistics.median(step) / statistics.median(low)}
         row |= {"fastest / fastest": min(step) / min(low)}  # what other work on the machine disturbs least

@@ -57,8 +57,8 @@ def main() -> None:
     fit(torch.randn(4096, vq.d, device=device), vq.k)  # compiles
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, dict] = {}
-    for block in range(options.blocks):
-        for name, shape in geometry.linears().items():
+    for _block in range(options.blocks):
+        for _name, shape in geometry.linears().items():
             x = weight(*shape, generator).reshape(-1, vq.d).to(device)
             book, wall, cpu = fit(x, vq.k)
             row = rows.setdefault(f"{shape[0]}×{shape[1]}", {"layers": 0, "sub-vectors": len(x), "passes": 0, "seconds": 0.0,

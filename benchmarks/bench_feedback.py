@@ -50,7 +50,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(64, 64, generator=generator).to(device)
     fit_codebook(small.view(-1, vq.d), vq.k)  # both compile
-    candidates_with_feedback(small, torch.eye(64, device=device), small.view(-1, vq.d)[: vq.k], vq.candidates, vq.ratio_start)
+    candidates_with_feedback(
+        small, torch.eye(64, device=device), small.view(-1, vq.d)[: vq.k], vq.candidates, vq.ratio_start
+    )
     shapes = list(geometry.linears().values())
     rows = []
     for shape in dict.fromkeys(shapes):

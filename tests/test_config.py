@@ -42,7 +42,11 @@ def test_every_recipe_has_its_candidates_and_start_at_any_bits():
 
 
 def test_the_paper_weighs_the_squared_norm_and_the_release_the_mean():
-    assert {name: settings.block_loss for name, settings in RECIPES.items()} == {"paper": "sum", "release": "mean", "best": "sum"}
+    assert {name: settings.block_loss for name, settings in RECIPES.items()} == {
+        "paper": "sum",
+        "release": "mean",
+        "best": "sum",
+    }
     assert RECIPES["paper"] == CalibrationConfig()
     with pytest.raises(ValueError, match=r"block_loss='norm' is not one of \('mean', 'sum'\)"):
         CalibrationConfig(block_loss="norm")

@@ -38,14 +38,19 @@ def imports(path):
             assert node.level == 0, f"{path.name}: relative import; write vqlib.…"
             for alias in node.names:
                 inside = f"{node.module}.{alias.name}"
-                is_file = (ROOT / f"{inside.replace('.', '/')}.py").exists() or (ROOT / inside.replace(".", "/")).is_dir()
+                is_file = (ROOT / f"{inside.replace('.', '/')}.py").exists() or (
+                    ROOT / inside.replace(".", "/")
+                ).is_dir()
                 yield inside if is_file else node.module
 
 
 def architecture_order():
     """Files of the package, as "folder/file.py", in the order of ARCHITECTURE.md's table."""
     rows = re.findall(r"^\| `([a-z/]+/)` \| (`[^|]+) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
-    files = [[*(f"{folder}{name}.py" for name in re.findall(r"`([^`]+)`", row)), f"{folder}__init__.py"] for folder, row in rows]
+    files = [
+        [*(f"{folder}{name}.py" for name in re.findall(r"`([^`]+)`", row)), f"{folder}__init__.py"]
+        for folder, row in rows
+    ]
     return ["config.py", *(file for row in files for file in row), "__init__.py", "__main__.py"]
 
 

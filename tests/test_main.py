@@ -72,7 +72,17 @@ def test_a_table_refuses_settings_that_would_not_reach_it(folder, capsys):
 
 def test_a_model_that_cannot_be_had_ends_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match="^vqlib calibrate: .*nowhere"):
-        shell.main(["calibrate", "--preset", "dit-mini-fashion-w2", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+        shell.main(
+            [
+                "calibrate",
+                "--preset",
+                "dit-mini-fashion-w2",
+                "--model",
+                str(tmp_path / "nowhere"),
+                "--out",
+                str(tmp_path),
+            ]
+        )
 
 
 class Row:

@@ -1,6 +1,6 @@
 """VQ4DiT workbench: post-training vector quantization of Diffusion Transformers (arXiv 2408.17131).
 
-    weights -> codebook -> candidates -> calibrate -> checkpoint -> sample -> evaluate -> figure / table
+weights -> codebook -> candidates -> calibrate -> checkpoint -> sample -> evaluate -> figure / table
 """
 
 from vqlib.system import compat  # noqa: F401, isort: skip, first: torchvision beside a CPU build of torch

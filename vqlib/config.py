@@ -104,7 +104,9 @@ class CalibrationConfig(_Settings):
     guidance_scale: float = 1.5
     inputs: str = "trajectory"  # or "noise": Gaussian x_t at random timesteps, the control experiment
     timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
-    block_inputs: str = "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
+    block_inputs: str = (
+        "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
+    )
     loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
     block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
     lambda_d: float = 1.0
@@ -141,7 +143,9 @@ class CalibrationConfig(_Settings):
         self._one_of("freeze_rule", ("threshold", "schedule"))
         self._one_of("products", ("float32", "bfloat16"))
         if not 0.0 <= self.freeze_from < self.freeze_until <= 1.0:
-            raise ValueError(f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1")
+            raise ValueError(
+                f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1"
+            )
         if not 0.5 < self.freeze_above <= 1.0:
             raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
         if self.loss_at == "output" and self.block_inputs != "end-to-end":

@@ -43,7 +43,9 @@ def test_the_error_of_the_blocks_falls():
 @pytest.mark.parametrize(("reduction", "size"), [("mean", 1), ("sum", 16 * 32)])  # the tiny model's tokens · channels
 def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     """The slow twin: collect every block's input and output first, then one loss, one backward, one optimizer."""
-    pipe, student = prepared(GEOMETRY.replace(candidates=2, ratio_start="distance"))  # Eq. 9 acts from the first step on
+    pipe, student = prepared(
+        GEOMETRY.replace(candidates=2, ratio_start="distance")
+    )  # Eq. 9 acts from the first step on
     twin, other = copy.deepcopy(student), copy.deepcopy(student)
     records = list(calibrate(pipe, student, SETTINGS.replace(block_loss=reduction)))
     list(calibrate(pipe, other, SETTINGS.replace(block_loss="sum" if reduction == "mean" else "mean")))
@@ -88,14 +90,18 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     assert same / sum(len(a) for a in codes) > 0.999  # ties in float32 aside
 
 
-@pytest.mark.parametrize(("block_inputs", "elements"), [("full", 16 * 32), ("student", 16 * 32), ("end-to-end", 2 * 16 * 32)])
+@pytest.mark.parametrize(
+    ("block_inputs", "elements"), [("full", 16 * 32), ("student", 16 * 32), ("end-to-end", 2 * 16 * 32)]
+)
 def test_the_squared_norm_is_the_mean_times_all_that_it_is_a_mean_of(block_inputs, elements):
     """The release's mean is over blocks, too, where it runs end to end."""
     found = []
     for changes in ({}, {"block_loss": "mean", "lambda_d": float(elements)}, {"block_loss": "mean"}):
         pipe, student = prepared(GEOMETRY.replace(candidates=2, ratio_start="distance"))
         list(calibrate(pipe, student, SETTINGS.replace(block_inputs=block_inputs, **changes)))
-        found.append(torch.cat([m.logits.detach().flatten() for m in student.modules() if isinstance(m, CandidateLinear)]))
+        found.append(
+            torch.cat([m.logits.detach().flatten() for m in student.modules() if isinstance(m, CandidateLinear)])
+        )
     near = [((found[0] - other).abs() < 1e-3).float().mean() for other in found[1:]]
     assert near[0] > 0.999 and near[1] < 0.9
 
@@ -249,7 +255,9 @@ def test_a_model_without_candidates_is_refused():
 
 def test_freezing_by_schedule_follows_the_timetable_and_ends_hard():
     pipe, student = prepared()
-    settings = SETTINGS.replace(iterations=10, freeze_rule="schedule", freeze_from=0.2, freeze_until=0.8, ratio_loss_when="never")
+    settings = SETTINGS.replace(
+        iterations=10, freeze_rule="schedule", freeze_from=0.2, freeze_until=0.8, ratio_loss_when="never"
+    )
     run = calibrate(pipe, student, settings)
     shares = [record.mean("frozen") for record in run]
     assert shares[:2] == [0.0, 0.0] and shares[7:] == [1.0, 1.0, 1.0]
@@ -260,7 +268,9 @@ def test_freezing_by_schedule_follows_the_timetable_and_ends_hard():
 
 def test_freezing_by_schedule_takes_the_most_decided_first():
     pipe, student = prepared()
-    settings = SETTINGS.replace(iterations=4, freeze_rule="schedule", freeze_from=0.0, freeze_until=1.0, ratio_loss_when="never")
+    settings = SETTINGS.replace(
+        iterations=4, freeze_rule="schedule", freeze_from=0.0, freeze_until=1.0, ratio_loss_when="never"
+    )
     run = calibrate(pipe, student, settings)
     layer = next(iter(run.layers.values()))
     decided = torch.arange(len(layer.logits)) % 4 == 1

@@ -37,7 +37,9 @@ def test_agreement_is_the_mean_cosine_over_all_pairs():
 
 
 def test_agreement_by_hand():
-    gradients = torch.tensor([[2.0, 0.0], [5.0, 0.0], [1.0, 0.0], [-3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    gradients = torch.tensor(
+        [[2.0, 0.0], [5.0, 0.0], [1.0, 0.0], [-3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    )
     assignments = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     cosines, members = diagnostics.codeword_agreement(gradients, assignments, 5)
     assert cosines[:3].tolist() == [1.0, -1.0, 0.0]  # the same way, against each other, at right angles
@@ -56,7 +58,10 @@ def plain_gradients(pipe, model):
     for name in dit.quantizable(pipe.transformer):
         packed = model.get_submodule(name)
         linear = torch.nn.Linear(packed.in_features, packed.out_features)
-        linear.weight, linear.bias = torch.nn.Parameter(packed.weight().detach().clone()), torch.nn.Parameter(packed.bias)
+        linear.weight, linear.bias = (
+            torch.nn.Parameter(packed.weight().detach().clone()),
+            torch.nn.Parameter(packed.bias),
+        )
         dit.swap(dense, name, linear)
     trajectory, seen = Trajectory(pipe, SETTINGS), []
 
@@ -115,7 +120,9 @@ def test_fresh_losses_are_those_of_a_calibration_on_the_same_trajectory():
     student = quantize(pipe.transformer, GEOMETRY)
     expected = next(calibrate(pipe, copy.deepcopy(student), SETTINGS)).block_losses
     assert diagnostics.fresh_losses(pipe, student, SETTINGS, batches=1) == pytest.approx(expected, rel=1e-5)
-    assert diagnostics.fresh_losses(pipe, student, SETTINGS.replace(seed=5), batches=1) != pytest.approx(expected, rel=1e-5)
+    assert diagnostics.fresh_losses(pipe, student, SETTINGS.replace(seed=5), batches=1) != pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_no_batches_are_refused():
@@ -128,7 +135,12 @@ def test_frames_hold_every_shared_codeword_and_their_mean_weighs_by_members():
     gradients = {"a": torch.tensor([[1.0], [1.0], [1.0], [-1.0]]), "b": torch.tensor([[1.0], [1.0], [1.0], [1.0]])}
     assignments = {"a": torch.tensor([0, 0, 1, 1]), "b": torch.tensor([0, 0, 0, 1])}
     frame = diagnostics.agreement_frame(gradients, assignments, 2)
-    assert frame.to_dict("list") == {"layer": ["a", "a", "b"], "codeword": [0, 1, 0], "members": [2, 2, 3], "cosine": [1, -1, 1]}
+    assert frame.to_dict("list") == {
+        "layer": ["a", "a", "b"],
+        "codeword": [0, 1, 0],
+        "members": [2, 2, 3],
+        "cosine": [1, -1, 1],
+    }
     assert diagnostics.mean_agreement(frame) == pytest.approx((2 - 2 + 3) / 7)
 
 
@@ -154,5 +166,7 @@ def test_winner_positions_count_from_the_nearest():
 
 def test_candidate_distances_by_hand():
     codewords = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
-    distances = diagnostics.candidate_distances(torch.zeros(1, 2), codewords, torch.tensor([[0, 2, 1]], dtype=torch.uint8))
+    distances = diagnostics.candidate_distances(
+        torch.zeros(1, 2), codewords, torch.tensor([[0, 2, 1]], dtype=torch.uint8)
+    )
     assert distances.tolist() == [[0.0, 1.0, 5.0]]

@@ -23,7 +23,9 @@ def test_block_loss_is_the_mean_squared_difference():
     assert block_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == 2.5
 
 
-@pytest.mark.parametrize("ratios, value", [([0.5, 0.5], 2.0), ([0.9, 0.1], 0.4), ([0.4, 0.3, 0.3], 2.0), ([0.7, 0.2, 0.1], 1.2)])
+@pytest.mark.parametrize(
+    "ratios, value", [([0.5, 0.5], 2.0), ([0.9, 0.1], 0.4), ([0.4, 0.3, 0.3], 2.0), ([0.7, 0.2, 0.1], 1.2)]
+)
 def test_absolute_ratio_loss_by_hand(ratios, value):
     assert absolute_ratio_loss(logits_of(ratios)).item() == pytest.approx(value, abs=1e-5)
     assert absolute_ratio_loss(logits_of(ratios, ratios)).item() == pytest.approx(value, abs=1e-5)  # per sub-vector

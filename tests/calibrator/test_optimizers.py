@@ -12,7 +12,9 @@ from vqlib.quantizer.quantize import quantize
 
 def prepared(scope="layer", **settings):
     """Student, its blocks' optimizers, and every trained parameter with a seeded gradient."""
-    student = quantize(tiny.transformer(), VQConfig(k=16, d=4, candidates=3, codebook_scope=scope)).requires_grad_(False)
+    student = quantize(tiny.transformer(), VQConfig(k=16, d=4, candidates=3, codebook_scope=scope)).requires_grad_(
+        False
+    )
     trained = [p for n, p in student.named_parameters() if n.endswith(("logits", "codebook"))]
     generator = torch.Generator().manual_seed(0)
     for parameter in trained:

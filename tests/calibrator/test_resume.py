@@ -43,8 +43,14 @@ torch.save(test_calibrate.trained_tensors(student), folder + ".pt")
 
 def run_child(folder, moment, countdown):
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}" + f"{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", CHILD, str(folder), moment, str(countdown)], env=environment).returncode
+    environment = os.environ | {
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}" + f"{os.pathsep}{here.parent}",
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), moment, str(countdown)], env=environment
+    ).returncode
 
 
 @pytest.fixture(scope="module")

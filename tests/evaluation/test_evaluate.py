@@ -61,9 +61,18 @@ class Pictures(Dataset):
 def test_every_metric_agrees_with_torch_fidelity(weights, extractor, reference):
     images, real = pictures(150, top=200), pictures(180, seed=9)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(images), input2=Pictures(real), feature_extractor="fashion",
+        input1=Pictures(images),
+        input2=Pictures(real),
+        feature_extractor="fashion",
         feature_extractor_weights_path=str(weights),
-        fid=True, isc=True, prc=True, isc_splits=1, samples_shuffle=False, cuda=False, cache=False, save_cpu_ram=True,
+        fid=True,
+        isc=True,
+        prc=True,
+        isc_splits=1,
+        samples_shuffle=False,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
         verbose=False,
     )
     ours = run(images, reference, extractor)

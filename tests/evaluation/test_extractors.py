@@ -40,16 +40,19 @@ def test_fashion_gives_the_classifiers_features_and_logits(weights, images):
 
 
 def test_torch_fidelity_creates_it_by_name(weights, images):
-    module = create_feature_extractor("fashion", ["logits", "128"], cuda=False, feature_extractor_weights_path=weights,
-                                      verbose=False)
+    module = create_feature_extractor(
+        "fashion", ["logits", "128"], cuda=False, feature_extractor_weights_path=weights, verbose=False
+    )
     logits, features = module(images)
     assert logits.shape == (12, 10) and features.shape == (12, 128)
     assert {"fashion", "inception", "efficientnet-lite0"} <= set(extractors.FEATURE_EXTRACTORS_REGISTRY)
 
 
 def test_half_precision_weights_are_widened(weights, tmp_path, images):
-    state = {name: value.half() if value.is_floating_point() else value
-             for name, value in FashionClassifier().state_dict().items()}
+    state = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in FashionClassifier().state_dict().items()
+    }
     save_file(state, tmp_path / "half.safetensors")
     assert load_extractor("fashion", tmp_path / "half.safetensors")(images).features.dtype == torch.float32
 

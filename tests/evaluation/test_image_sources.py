@@ -59,15 +59,18 @@ def test_blocks_are_full_whatever_the_batches_were(images):
     assert [len(block) for block in image_blocks(iter(images.split([1, 2, 20])), 5)] == [5, 5, 5, 5, 3]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda x: x.float() / 255, "images 0 … 4 are torch.float32; metrics need uint8"),
-    (lambda x: x.float() * float("nan"), "torch.float32 and contain NaN"),
-    (lambda x: x[:, :2], r"\(5, 2, 8, 6\), expected \[B, C, H, W\] with C = 1 or 3"),
-    (lambda x: x[0], r"shape \(3, 8, 6\), expected \[N, C, H, W\]"),
-    (lambda x: x[:0], "no images in Tensor"),
-    (lambda x: iter([x, x[:, :, :7]]), r"images 23 … 45 are \(3, 7, 6\), the images before are \(3, 8, 6\)"),
-    (lambda x: 5, "images of type int"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x.float() / 255, "images 0 … 4 are torch.float32; metrics need uint8"),
+        (lambda x: x.float() * float("nan"), "torch.float32 and contain NaN"),
+        (lambda x: x[:, :2], r"\(5, 2, 8, 6\), expected \[B, C, H, W\] with C = 1 or 3"),
+        (lambda x: x[0], r"shape \(3, 8, 6\), expected \[N, C, H, W\]"),
+        (lambda x: x[:0], "no images in Tensor"),
+        (lambda x: iter([x, x[:, :, :7]]), r"images 23 … 45 are \(3, 7, 6\), the images before are \(3, 8, 6\)"),
+        (lambda x: 5, "images of type int"),
+    ],
+)
 def test_what_is_not_an_image_is_refused(images, change, message):
     with pytest.raises(ValueError, match=message):
         whole(change(images))

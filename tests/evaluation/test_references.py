@@ -108,8 +108,12 @@ def test_a_folder_a_tensor_and_an_npz_of_images_are_made_on_the_spot(extractor, 
 
 def test_adms_npz_gives_statistics_and_the_size_of_its_images(tmp_path):
     generator = np.random.default_rng(0)
-    statistics = {"mu": generator.normal(size=2048), "sigma": np.eye(2048, dtype=np.float32),
-                  "mu_s": generator.normal(size=2023), "sigma_s": np.eye(2023, dtype=np.float32)}
+    statistics = {
+        "mu": generator.normal(size=2048),
+        "sigma": np.eye(2048, dtype=np.float32),
+        "mu_s": generator.normal(size=2023),
+        "sigma_s": np.eye(2023, dtype=np.float32),
+    }
     np.savez(tmp_path / "adm.npz", np.zeros((4, 64, 64, 3), np.uint8), **statistics)
     found = load_reference(tmp_path / "adm.npz")
     assert found.extractor == "inception" and found.size == (64, 64) and found.count is None and found.features is None

@@ -390,6 +390,8 @@ def test_without_ipywidgets_there_is_a_still_figure(tmp_path):
         f"Numbers({str(tmp_path)!r})._ipython_display_()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "number 0\n" in done.stdout and "sliders and buttons need ipywidgets" in done.stdout

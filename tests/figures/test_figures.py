@@ -164,11 +164,19 @@ def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["method", "bits", "steps", "images", "FD"]).astype({"bits": "Int64"})
     frame = figures.steps_frame(table, "FD")
-    assert frame[["method", "steps"]].values.tolist() == [["VQ4DiT", 50], ["VQ4DiT", 100], ["k-means", 50], ["k-means", 100]]
+    assert frame[["method", "steps"]].values.tolist() == [
+        ["VQ4DiT", 50],
+        ["VQ4DiT", 100],
+        ["k-means", 50],
+        ["k-means", 100],
+    ]
     assert frame["added"].tolist() == pytest.approx([0.5, 0.2, 8.0, 2.0])
     axis = figures.steps_plot(table, "FD").axes[0]
     assert [line.get_label() for line in axis.lines] == ["VQ4DiT, 2 bits", "k-means, 2 bits"]
-    assert axis.get_yscale() == "log" and [label.get_text() for label in axis.get_xticklabels()] == ["50 steps\n900 images", "100 steps\n300 images"]
+    assert axis.get_yscale() == "log" and [label.get_text() for label in axis.get_xticklabels()] == [
+        "50 steps\n900 images",
+        "100 steps\n300 images",
+    ]
     below = table.assign(FD=table["FD"].where(table["method"] != "VQ4DiT", 0.9))
     assert figures.steps_plot(below, "FD").axes[0].get_yscale() == "linear"  # better than full precision: no logarithm
 
@@ -188,7 +196,10 @@ def test_figures_are_as_wide_as_the_style_and_titles_stand_clear_of_legends(venu
 
 @pytest.mark.parametrize("venue", ["AAAI", "notebook"])
 def test_a_legend_of_long_names_stays_inside_the_figure(venue):
-    rows = pd.DataFrame([(f"a method with a long name, {i}", 1.0 + i, 2.0 - 0.1 * i) for i in range(9)], columns=["method", "size_mib", "fd"])
+    rows = pd.DataFrame(
+        [(f"a method with a long name, {i}", 1.0 + i, 2.0 - 0.1 * i) for i in range(9)],
+        columns=["method", "size_mib", "fd"],
+    )
     with style(venue):
         figure = figures.pareto(rows, "Title")
         figure.draw_without_rendering()

@@ -48,7 +48,11 @@ def test_block_losses_are_the_means_of_the_first_and_the_last_records():
 
 def agreement():
     names = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_q", "transformer_blocks.0.ff.net.2"]
-    rows = [(stage, name, 2 + i, shift + i) for stage, shift in (("k-means", 0.1), ("chance", 0.0)) for i, name in enumerate(names)]
+    rows = [
+        (stage, name, 2 + i, shift + i)
+        for stage, shift in (("k-means", 0.1), ("chance", 0.0))
+        for i, name in enumerate(names)
+    ]
     return pd.DataFrame(rows, columns=["stage", "layer", "members", "cosine"])
 
 
@@ -113,6 +117,9 @@ def test_ablations_have_a_panel_per_group_a_dot_per_seed_and_leave_out_what_is_n
 @pytest.mark.parametrize("venue", ["AAAI", "notebook"])
 def test_they_can_be_drawn_at_the_width_of_a_venue(venue):
     with style(venue) as chosen:
-        for figure in (figures.agreement_plot(agreement(), "claim"), figures.ratio_curves(figures.records_frame([record(1)]))):
+        for figure in (
+            figures.agreement_plot(agreement(), "claim"),
+            figures.ratio_curves(figures.records_frame([record(1)])),
+        ):
             figure.canvas.draw()
             assert figure.get_size_inches()[0] == chosen.column

@@ -64,7 +64,9 @@ def test_nothing_is_cut_off(venue, count):
 @pytest.mark.parametrize("venue", ["AAAI", "ICML", "notebook"])
 def test_the_label_of_the_difference_fits_beside_its_bar(venue):
     with style(venue):
-        figure = difference_map(images(8), images(8, seed=1), ("full precision", "k-means only, 2 bits"), list("abcdefgh"))
+        figure = difference_map(
+            images(8), images(8, seed=1), ("full precision", "k-means only, 2 bits"), list("abcdefgh")
+        )
         figure.canvas.draw()
         label = next(text for axis in figure.axes for text in axis.texts if "pixel values" in text.get_text())
         assert label.get_window_extent().x1 <= figure.bbox.x1 + 1

@@ -44,7 +44,9 @@ def test_without_a_bias_and_in_other_precisions():
 def test_an_input_that_is_not_contiguous():
     x, weight, bias = tensors(2, 32, 16)
     wide = torch.randn(24, 32)
-    torch.testing.assert_close(linear(x.transpose(1, 2), wide, bias), x.transpose(1, 2) @ wide.T + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        linear(x.transpose(1, 2), wide, bias), x.transpose(1, 2) @ wide.T + bias, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_rows_of_an_image_do_not_depend_on_the_batch():

@@ -35,8 +35,11 @@ def test_linear_schedule_has_the_papers_end_points():
 
 @pytest.mark.parametrize(
     ("steps", "first", "last"),
-    [(50, [0, 20, 41, 61, 82], [938, 958, 979, 999]), (100, [0, 10, 20, 30, 40], [969, 979, 989, 999]),
-     (250, [0, 4, 8, 12, 16], [987, 991, 995, 999])],
+    [
+        (50, [0, 20, 41, 61, 82], [938, 958, 979, 999]),
+        (100, [0, 10, 20, 30, 40], [969, 979, 989, 999]),
+        (250, [0, 4, 8, 12, 16], [987, 991, 995, 999]),
+    ],
 )
 def test_respacing_keeps_the_papers_timesteps_and_all_their_marginals(steps, first, last):
     respaced = SCHEDULE.respace(steps)
@@ -74,11 +77,12 @@ def test_posterior_is_bayes_rule(steps):
     for t in (1, 2, steps // 2, steps - 1):
         beta, before = schedule.betas[t].item(), schedule.alphas_cumprod[t - 1].item()
         alpha = 1.0 - beta
-        mean, variance = gaussian_product(
-            math.sqrt(before) * x0, 1.0 - before, x_t / math.sqrt(alpha), beta / alpha
+        mean, variance = gaussian_product(math.sqrt(before) * x0, 1.0 - before, x_t / math.sqrt(alpha), beta / alpha)
+        ours = posterior.mean(
+            torch.full((1, 1, 1, 1), x0, dtype=torch.float64),
+            torch.full((1, 1, 1, 1), x_t, dtype=torch.float64),
+            torch.tensor([t]),
         )
-        ours = posterior.mean(torch.full((1, 1, 1, 1), x0, dtype=torch.float64),
-                              torch.full((1, 1, 1, 1), x_t, dtype=torch.float64), torch.tensor([t]))
         assert ours.item() == pytest.approx(mean, rel=1e-9)
         assert posterior.min_log_variance[t].item() == pytest.approx(math.log(variance), rel=1e-9)
         assert posterior.max_log_variance[t].item() == pytest.approx(math.log(beta), rel=1e-12)

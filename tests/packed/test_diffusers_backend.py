@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
+import vqlib
 
 # isort: split
 from diffusers import (

@@ -29,7 +29,9 @@ def test_leading_start_gives_the_nearest_nine_tenths_and_the_others_the_rest():
         found = find_candidates(torch.randn(5, 2), torch.randn(9, 2), n, "leading")
         assert torch.allclose(found.ratios[:, 0], torch.full((5,), 0.9))
         assert torch.allclose(found.ratios[:, 1:], torch.full((5, n - 1), 0.1 / (n - 1)))
-    with pytest.raises(ValueError, match="ratio start 'leader' is not one of 'equal', 'distance', 'least-squares', 'leading'"):
+    with pytest.raises(
+        ValueError, match="ratio start 'leader' is not one of 'equal', 'distance', 'least-squares', 'leading'"
+    ):
         find_candidates(torch.randn(5, 2), torch.randn(9, 2), 2, "leader")
 
 
@@ -55,7 +57,9 @@ def test_least_squares_start_is_close_to_the_optimum_on_the_simplex(n, optimum):
     members = codewords[found.indices.long()]  # [N, n, d]
     error = ((found.ratios.unsqueeze(2) * members).sum(1) - x).square().sum(1)
     z = found.logits.double().clone().requires_grad_()
-    solver = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss():
         solver.zero_grad()

@@ -112,9 +112,7 @@ def test_an_empty_codeword_takes_the_farthest_point_of_the_worst_cluster():
 
 def test_codewords_left_empty_by_the_last_pass_are_filled():
     x = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
-    codewords, assignments = module._fill_empty(
-        x, torch.tensor([[0.0], [7.0], [1000.0]]), torch.tensor([0, 0, 1, 1])
-    )
+    codewords, assignments = module._fill_empty(x, torch.tensor([[0.0], [7.0], [1000.0]]), torch.tensor([0, 0, 1, 1]))
     assert torch.bincount(assignments, minlength=3).min() > 0
     assert (x - codewords[assignments]).abs().sum() <= 4.0
 

@@ -19,7 +19,9 @@ def gradient(function, tensor):
 
 def test_eq_5_takes_the_nearest_codewords_of_each_sub_vector():
     codewords = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0], [0.0, 6.0]])
-    found = find_candidates(torch.tensor([[0.9, 0.0], [0.0, 5.9]]), codewords, 3)  # ‖w − c‖: 0.9, 4.5, 0.1, 6.1 | 5.9, 3.6, 6.0, 0.1
+    found = find_candidates(
+        torch.tensor([[0.9, 0.0], [0.0, 5.9]]), codewords, 3
+    )  # ‖w − c‖: 0.9, 4.5, 0.1, 6.1 | 5.9, 3.6, 6.0, 0.1
     assert found.indices.tolist() == [[2, 0, 1], [3, 1, 0]]
 
 

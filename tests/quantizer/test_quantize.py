@@ -19,7 +19,9 @@ def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
     soft = {name for name, m in student.named_modules() if isinstance(m, CandidateLinear)}
     assert soft == set(dit.quantizable(transformer))
     assert len(soft) == 2 * 7 and not any("norm1.emb" in name for name in soft)
-    assert all(isinstance(m, torch.nn.Linear) for m in dit.quantizable(transformer).values()), "the original was changed"
+    assert all(isinstance(m, torch.nn.Linear) for m in dit.quantizable(transformer).values()), (
+        "the original was changed"
+    )
 
 
 def test_hardening_at_the_start_takes_the_nearest_codeword():
@@ -62,7 +64,9 @@ def test_scales_do_not_depend_on_the_number_of_threads():
 
 
 def test_a_width_that_does_not_fit_names_the_layer():
-    with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0.norm1.linear\)"):
+    with pytest.raises(
+        ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0.norm1.linear\)"
+    ):
         quantize(tiny.transformer(), VQConfig(k=16, d=5))
 
 

@@ -36,7 +36,9 @@ def test_a_table_of_nothing_finished_is_empty(study):
     assert len(study.table([SETTING], [0])) == 0
 
 
-@pytest.mark.parametrize("change", [{"vq": GEOMETRY.replace(candidates=1)}, {"calibration": SHORT.replace(lambda_r=0.5)}])
+@pytest.mark.parametrize(
+    "change", [{"vq": GEOMETRY.replace(candidates=1)}, {"calibration": SHORT.replace(lambda_r=0.5)}]
+)
 def test_rows_of_other_settings_have_other_files(study, change):
     other = Setting("a", "n = 2", **({"vq": GEOMETRY, "calibration": SHORT} | change))
     assert study._path(study._conditions(other, 0)) != study._path(study._conditions(SETTING, 0))
@@ -94,7 +96,9 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
 
 def test_settings_of_one_step_are_settings_too():
     settings = standard_settings(base=CalibrationConfig(iterations=1))
-    assert {s.name for s in settings if s.group == "steps, one codebook"} == {f"n = {n}, {i}" for n in (1, 3) for i in (1, 2)}
+    assert {s.name for s in settings if s.group == "steps, one codebook"} == {
+        f"n = {n}, {i}" for n in (1, 3) for i in (1, 2)
+    }
 
 
 def test_where_n_1_and_n_3_are_compared_each_condition_has_both():

@@ -67,7 +67,9 @@ def test_error_feedback_is_counted_with_its_second_moments(monkeypatch):
         monkeypatch.setattr(module, "BATCHES", batches)
         seconds.append(estimate(tiny.pipeline(), fed).seconds["codebooks"])
     assert seconds[1] > 50 * seconds[0]
-    whole = module._moments_memory(Geometry(), fed.vq)  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
+    whole = module._moments_memory(
+        Geometry(), fed.vq
+    )  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
     assert 4 * 28 * (6 * 1152**2 + 4608**2) < whole < 6 * 2**30
     assert module._moments_memory(Geometry(), JOB.vq) == 0
 

@@ -21,7 +21,9 @@ def sampled(monkeypatch):
     """How many images each call of the sampler was asked for."""
     counts, original = [], experiments.sample_batches
     monkeypatch.setattr(
-        experiments, "sample_batches", lambda pipe, labels, *rest: counts.append(len(labels)) or original(pipe, labels, *rest)
+        experiments,
+        "sample_batches",
+        lambda pipe, labels, *rest: counts.append(len(labels)) or original(pipe, labels, *rest),
     )
     return counts
 

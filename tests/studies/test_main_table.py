@@ -17,7 +17,9 @@ SMALL = TableConfig(
 
 
 def test_rows_start_with_full_precision_then_most_bits_first_and_longer_sampling_last():
-    config = TableConfig(methods=(("k-means", (4, 2)), ("VQ4DiT", (2,))), longer=((100, 1000),), longer_methods=(("VQ4DiT", 2),))
+    config = TableConfig(
+        methods=(("k-means", (4, 2)), ("VQ4DiT", (2,))), longer=((100, 1000),), longer_methods=(("VQ4DiT", 2),)
+    )
     rows = [(row.method, row.bits, row.steps, row.images) for row in config.rows()]
     assert rows == [
         ("full precision", None, 50, 5000), ("k-means", 4, 50, 5000), ("k-means", 2, 50, 5000), ("VQ4DiT", 2, 50, 5000),
@@ -61,11 +63,24 @@ def test_every_row_is_made_once(tmp_path, monkeypatch):
     more = Bench(SMALL.replace(longer=()), tmp_path, pipe)
     assert len(read_table(more)) == 4  # rows belong to no particular table
     changed = Bench(SMALL.replace(iterations=3), tmp_path, pipe)
-    assert read_table(changed)["method"].tolist() == ["full precision", "k-means", "full precision"]  # what calibration does not touch
+    assert read_table(changed)["method"].tolist() == [
+        "full precision",
+        "k-means",
+        "full precision",
+    ]  # what calibration does not touch
     monkeypatch.setitem(RECIPE_VQ, "best", RECIPE_VQ["best"].replace(candidates=3))
-    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "GPTQ", "k-means", "full precision"]
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == [
+        "full precision",
+        "GPTQ",
+        "k-means",
+        "full precision",
+    ]
     monkeypatch.setitem(bench.GROUP_SIZES, 2, 64)
-    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == ["full precision", "k-means", "full precision"]
+    assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == [
+        "full precision",
+        "k-means",
+        "full precision",
+    ]
 
 
 def test_the_other_methods_are_built_at_the_same_bits(tmp_path):

@@ -10,15 +10,34 @@ DISTANCE = "FD (fashion)"
 
 
 def line(method, bits, steps=50, images=5000, fd=1.0):
-    return {"method": method, "bits": bits, "bits per weight": (bits or 16) + 0.2, "size (MiB)": 2.0, "steps": steps,
-            "CFG": 1.5, "seeds": f"0–{images - 1}", DISTANCE: fd, "IS (fashion)": 9.0, "precision": 0.5, "recall": 0.4,
-            "accuracy": 0.9, "images": images}
+    return {
+        "method": method,
+        "bits": bits,
+        "bits per weight": (bits or 16) + 0.2,
+        "size (MiB)": 2.0,
+        "steps": steps,
+        "CFG": 1.5,
+        "seeds": f"0–{images - 1}",
+        DISTANCE: fd,
+        "IS (fashion)": 9.0,
+        "precision": 0.5,
+        "recall": 0.4,
+        "accuracy": 0.9,
+        "images": images,
+    }
 
 
-TABLE = pd.DataFrame([
-    line("full precision", None), line("GPTQ", 4), line("GPTQ", 2, fd=9.0), line("VQ4DiT", 2, fd=2.0),
-    line("full precision", None, 100, 1000), line("VQ4DiT", 2, 100, 1000, fd=2.5), line("VQ4DiT", 2, 250, 500, fd=3.5),
-]).astype({"bits": "Int64"})
+TABLE = pd.DataFrame(
+    [
+        line("full precision", None),
+        line("GPTQ", 4),
+        line("GPTQ", 2, fd=9.0),
+        line("VQ4DiT", 2, fd=2.0),
+        line("full precision", None, 100, 1000),
+        line("VQ4DiT", 2, 100, 1000, fd=2.5),
+        line("VQ4DiT", 2, 250, 500, fd=3.5),
+    ]
+).astype({"bits": "Int64"})
 
 
 def test_one_line_a_method_with_the_other_steps_beside():
@@ -75,4 +94,6 @@ def test_the_best_of_each_bit_width_is_bold_and_full_precision_never():
 def test_export_writes_both_tables_as_csv_and_latex(tmp_path):
     paths = export(TABLE, "5 % of it", tmp_path)
     assert sorted(paths) == ["all_rows.csv", "all_rows.tex", "main_table.csv", "main_table.tex"]
-    assert len(pd.read_csv(paths["all_rows.csv"])) == 7 and r"\caption{5 \% of it}" in paths["main_table.tex"].read_text()
+    assert (
+        len(pd.read_csv(paths["all_rows.csv"])) == 7 and r"\caption{5 \% of it}" in paths["main_table.tex"].read_text()
+    )

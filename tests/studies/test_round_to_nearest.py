@@ -33,7 +33,9 @@ def test_gptqs_grid_is_torchaos():
     for bits in (2, 3, 4):
         theirs = round_to_nearest(pipe, bits, 16).model.get_submodule(name).weight
         ours = fit_grid(weight, bits, 16).round(weight, torch.arange(weight.shape[1]))
-        assert ((theirs - ours).abs() > 1e-6).float().mean() < 5e-3  # scales are rounded to float16 later there: ties flip
+        assert (
+            (theirs - ours).abs() > 1e-6
+        ).float().mean() < 5e-3  # scales are rounded to float16 later there: ties flip
 
 
 def test_errors_name_the_layer_the_bits_and_the_package(monkeypatch):

@@ -21,4 +21,6 @@ def test_name_shape_dtype_and_text_count():
         digest([("a", zeros)], about="x"),
     }
     assert len(found) == 5
-    assert digest([("a", torch.zeros(2, 2).t())]) == digest([("a", torch.zeros(2, 2))]), "layout in memory does not count"
+    assert digest([("a", torch.zeros(2, 2).t())]) == digest([("a", torch.zeros(2, 2))]), (
+        "layout in memory does not count"
+    )

@@ -126,7 +126,14 @@ class Calibration(Iterator[Record]):
         self.iteration += 1
         layers = {name: self._settle(name, layer) for name, layer in self.layers.items()}
         ratio_loss = sum(layer.pop("ratio_loss") for layer in layers.values())
-        return Record(self.iteration, losses, ratio_loss, layers, time.perf_counter() - started, peak_memory(self.trajectory.device))
+        return Record(
+            self.iteration,
+            losses,
+            ratio_loss,
+            layers,
+            time.perf_counter() - started,
+            peak_memory(self.trajectory.device),
+        )
 
     def _streaming(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
         """One teacher forward; every block's student follows inside it. Returns the teacher's output and L_d per block."""

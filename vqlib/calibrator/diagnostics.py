@@ -64,7 +64,9 @@ def codeword_agreement(gradients: Tensor, assignments: Tensor, k: int) -> tuple[
     (‖Σu‖² − m) / (m(m − 1)). Gradients of length 0 have no direction and are left out; below two the mean is NaN.
     """
     if gradients.shape[:1] != assignments.shape:
-        raise ValueError(f"gradients {list(gradients.shape)} and assignments {list(assignments.shape)}: need [N, d], [N]")
+        raise ValueError(
+            f"gradients {list(gradients.shape)} and assignments {list(assignments.shape)}: need [N, d], [N]"
+        )
     wide = gradients.double()
     lengths = wide.norm(dim=1)
     directed = lengths > 0

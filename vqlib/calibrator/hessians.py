@@ -12,10 +12,14 @@ from vqlib.config import CalibrationConfig
 from vqlib.models import dit
 from vqlib.models.pipeline import Pipeline
 
-BATCHES = 64  # calibration steps; adaLN sees one row an image, 2048 at batch 16 with guidance, for DiT-XL/2's 1152 inputs
+BATCHES = (
+    64  # calibration steps; adaLN sees one row an image, 2048 at batch 16 with guidance, for DiT-XL/2's 1152 inputs
+)
 
 
-def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = BATCHES) -> dict[str, Tensor]:
+def input_hessians(
+    pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = BATCHES
+) -> dict[str, Tensor]:
     """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
 
     The inputs are those of `batches` calibration steps of `config`: the same trajectories, labels and guidance halves.

@@ -75,7 +75,11 @@ def _optimizer(parameters: list[nn.Parameter], logits: set, config: CalibrationC
     """RMSprop or Adam over the given parameters, None where there are none."""
     groups = [
         {"params": [p for p in parameters if p in logits], "base_lr": config.lr_ratios, "lr": config.lr_ratios},
-        {"params": [p for p in parameters if p not in logits], "base_lr": config.lr_codebooks, "lr": config.lr_codebooks},
+        {
+            "params": [p for p in parameters if p not in logits],
+            "base_lr": config.lr_codebooks,
+            "lr": config.lr_codebooks,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

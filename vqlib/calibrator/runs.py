@@ -80,7 +80,7 @@ class RunFolder:
     def append(self, record: Record) -> None:
         """Add one line to records.jsonl."""
         if self._records is None:
-            self._records = open(self.path / "records.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open for the run
+            self._records = open(self.path / "records.jsonl", "a", encoding="utf-8")
         self._records.write(json.dumps(asdict(record)) + "\n")
         self._records.flush()
 

@@ -27,8 +27,15 @@ from vqlib.evaluation.frechet import (
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.evaluation.references import Reference, resolve
 
-__all__ = ["Metrics", "evaluate", "frechet_distance", "frechet_from_statistics", "inception_score", "precision_recall",
-           "seed_interval"]
+__all__ = [
+    "Metrics",
+    "evaluate",
+    "frechet_distance",
+    "frechet_from_statistics",
+    "inception_score",
+    "precision_recall",
+    "seed_interval",
+]
 
 CACHE = DATA / "runs" / "cache"
 SPLIT = 5000  # images of one part of the inception score
@@ -172,11 +179,19 @@ def precision_recall(features: Tensor, reference_features: Tensor) -> tuple[floa
 
     fewest = min(len(features), len(reference_features))
     if fewest <= NEIGHBOR:
-        raise ValueError(f"precision and recall need more than {NEIGHBOR} images on each side, got "
-                         f"{len(features)} against {len(reference_features)}")
+        raise ValueError(
+            f"precision and recall need more than {NEIGHBOR} images on each side, got "
+            f"{len(features)} against {len(reference_features)}"
+        )
     rows = max(1, TILE // max(len(features), len(reference_features)))
-    values = prc_features_to_metric(features.float(), reference_features.float(), prc_neighborhood=NEIGHBOR,
-                                    prc_batch_size=rows, save_cpu_ram=True, verbose=False)
+    values = prc_features_to_metric(
+        features.float(),
+        reference_features.float(),
+        prc_neighborhood=NEIGHBOR,
+        prc_batch_size=rows,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     return values[KEY_METRIC_PRECISION], values[KEY_METRIC_RECALL]
 
 
@@ -209,8 +224,10 @@ def _of_size(images, reference: Reference) -> Iterator[Tensor]:
     for block in image_blocks(images):
         size = tuple(block.shape[2:])
         if reference.size is not None and size != reference.size:
-            raise ValueError(f"images are {size[0]}×{size[1]} px, those of reference {reference.name!r} are "
-                             f"{reference.size[0]}×{reference.size[1]}")
+            raise ValueError(
+                f"images are {size[0]}×{size[1]} px, those of reference {reference.name!r} are "
+                f"{reference.size[0]}×{reference.size[1]}"
+            )
         yield block
 
 
@@ -236,6 +253,8 @@ def _accuracy(logits: Tensor, labels, extractor: Extractor) -> float | None:
         return None
     labels = torch.as_tensor(labels).long().cpu()
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; extractor {extractor.name!r} "
-                         f"knows the classes 0 … {classes - 1}")
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}; extractor {extractor.name!r} "
+            f"knows the classes 0 … {classes - 1}"
+        )
     return float((logits.argmax(dim=1) == labels).double().mean())

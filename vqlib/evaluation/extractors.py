@@ -66,8 +66,9 @@ class FashionExtractor(_TwoLayerExtractor):
         if not path.is_file():
             raise FileNotFoundError(f"extractor 'fashion' needs its weights at {path}")
         self.classifier = FashionClassifier()
-        self.classifier.load_state_dict({name: value.float() if value.is_floating_point() else value
-                                         for name, value in load_file(path).items()})
+        self.classifier.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+        )
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -146,8 +147,10 @@ def download_inception() -> Path:
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), path.stem.rsplit("-", 1)[1], progress=False)
         except OSError as error:
-            raise FileNotFoundError(f"Inception weights are not at {path} and could not be downloaded from "
-                                    f"{URL_INCEPTION_V3} ({error}); give weights=…") from None
+            raise FileNotFoundError(
+                f"Inception weights are not at {path} and could not be downloaded from "
+                f"{URL_INCEPTION_V3} ({error}); give weights=…"
+            ) from None
     return path
 
 

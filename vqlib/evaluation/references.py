@@ -61,11 +61,22 @@ class Reference:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; features as float16."""
-        tensors = {"mean": self.mean, "covariance": self.covariance, "spatial_mean": self.spatial_mean,
-                   "spatial_covariance": self.spatial_covariance,
-                   "features": None if self.features is None else self.features.half()}
-        about = {"format": 1, "name": self.name, "extractor": self.extractor, "extractor_sha256": self.fingerprint,
-                 "count": self.count, "size": self.size, "images_sha256": self.images_sha256}
+        tensors = {
+            "mean": self.mean,
+            "covariance": self.covariance,
+            "spatial_mean": self.spatial_mean,
+            "spatial_covariance": self.spatial_covariance,
+            "features": None if self.features is None else self.features.half(),
+        }
+        about = {
+            "format": 1,
+            "name": self.name,
+            "extractor": self.extractor,
+            "extractor_sha256": self.fingerprint,
+            "count": self.count,
+            "size": self.size,
+            "images_sha256": self.images_sha256,
+        }
         stored = {name: value for name, value in tensors.items() if value is not None}
         write_tensors(path, stored, {ABOUT: json.dumps(about)})
         return Path(path)
@@ -185,14 +196,25 @@ def _load_adm(path: Path) -> Reference:
     if not {"mu", "sigma"} <= members:
         raise ValueError(f"{path} holds {', '.join(sorted(members))}; a reference needs mu and sigma")
     with np.load(path, allow_pickle=False) as file:
-        values = {key: torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma", "mu_s", "sigma_s")
-                  if key in members}
+        values = {
+            key: torch.from_numpy(file[key].astype(np.float64))
+            for key in ("mu", "sigma", "mu_s", "sigma_s")
+            if key in members
+        }
     size = None
     if "arr_0" in members:
         first = next(image_blocks(path, 1))
         size = tuple(first.shape[2:])
-    reference = Reference(path.stem, "inception", values["mu"], values["sigma"], None,
-                          values.get("mu_s"), values.get("sigma_s"), size=size)
+    reference = Reference(
+        path.stem,
+        "inception",
+        values["mu"],
+        values["sigma"],
+        None,
+        values.get("mu_s"),
+        values.get("sigma_s"),
+        size=size,
+    )
     return _validated(reference, path)
 
 
@@ -201,9 +223,14 @@ def _load_stored(path: Path) -> Reference:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[ABOUT])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        values = {"name": about["name"], "extractor": about["extractor"], "fingerprint": about["extractor_sha256"],
-                  "count": about["count"], "images_sha256": about["images_sha256"],
-                  "size": tuple(about["size"]) if about["size"] else None}
+        values = {
+            "name": about["name"],
+            "extractor": about["extractor"],
+            "fingerprint": about["extractor_sha256"],
+            "count": about["count"],
+            "images_sha256": about["images_sha256"],
+            "size": tuple(about["size"]) if about["size"] else None,
+        }
         if "features" in tensors:
             tensors["features"] = tensors["features"].float()
         reference = Reference(**values, **tensors)

@@ -140,9 +140,7 @@ class ImageView(View):
         caption = f"{size} · mean difference {gaps.mean():.1f} of 255 · {how}"
         return Picture(partial(self._grid, reference, other, settings, size), caption, data)
 
-    def _row(
-        self, label: str, model: nn.Module, settings: Settings, task: Task, reference: Tensor | None
-    ) -> Tensor:
+    def _row(self, label: str, model: nn.Module, settings: Settings, task: Task, reference: Tensor | None) -> Tensor:
         """Images of one model, uint8 [B, C, H, W], from memory if they were made before."""
         labels, seeds = self._conditions(settings)
         config = SamplingConfig(settings["steps"], settings["guidance_scale"], batch_size=self.count)

@@ -87,8 +87,6 @@ class CodebookView(View):
         return Picture(draw, caption, data, pd.DataFrame([row]))
 
 
-
-
 def _draw(x: Tensor, codewords: Tensor, counts: Tensor, plane: str, title: str, titled: bool) -> Figure:
     axes = [int(i) - 1 for i in plane.split(", ")]
     names = [f"input {i + 1}" for i in axes]  # no subscripts: they would print smaller than 6 pt

@@ -67,9 +67,7 @@ def save_table(
     """
     stem = Path(stem)
     contents = {"csv": df.to_csv(index=False), "tex": latex(df, caption, label, best, formats, wide, within)}
-    return {
-        kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()
-    }
+    return {kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()}
 
 
 def latex(
@@ -169,8 +167,12 @@ def _cells(
         printed = [_print(value, formats.get(name), escaped) for value in df[name]]
         winners = _winners(df[name], best.get(name), groups)
         columns.append(printed)
-        bold.append([text != "" and text == printed[winners.get(g, i)] and g in winners
-                     for i, (text, g) in enumerate(zip(printed, groups, strict=True))])
+        bold.append(
+            [
+                text != "" and text == printed[winners.get(g, i)] and g in winners
+                for i, (text, g) in enumerate(zip(printed, groups, strict=True))
+            ]
+        )
     return [list(row) for row in zip(*columns, strict=True)], [list(row) for row in zip(*bold, strict=True)]
 
 

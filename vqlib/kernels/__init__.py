@@ -4,7 +4,7 @@ float32 on the CPU runs the numba kernels, whose results do not depend on the nu
 the Triton kernels of `cuda`, where there is one; everything else the plain torch twins in `reference`.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled():
     """The modules of numba kernels, or None without numba; imported at first use to keep imports fast."""
     try:
@@ -39,7 +39,7 @@ def _compiled():
     return cpu, cpu_soft, cpu_ratios
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton():
     """The module of Triton kernels, or None without triton; imported at first use, which needs a tensor on CUDA."""
     try:

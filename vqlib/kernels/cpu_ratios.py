@@ -173,7 +173,9 @@ def add_loss(logits: np.ndarray, absolute: bool, weight: float, grad: np.ndarray
     return sum(values) / max(rows, 1)
 
 
-def rmsprop(values: np.ndarray, grad: np.ndarray, squares: np.ndarray, rate: float, smoothing: float, eps: float) -> None:
+def rmsprop(
+    values: np.ndarray, grad: np.ndarray, squares: np.ndarray, rate: float, smoothing: float, eps: float
+) -> None:
     """One step of RMSprop on contiguous float32 arrays of one shape: `values` and `squares` change in place."""
     z, g, v = (array.reshape(-1) for array in (values, grad, squares))
     numbers = tuple(np.float32(x) for x in (rate, smoothing, 1.0 - smoothing, eps))

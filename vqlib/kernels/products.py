@@ -59,7 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if dtype is not None:
         product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
         return product if bias is None else product + bias
-    if not (ONEDNN_IS_FASTER and x.dim() == 3 and x.numel() and x.device.type == "cpu") or torch.is_autocast_enabled("cpu"):
+    if not (ONEDNN_IS_FASTER and x.dim() == 3 and x.numel() and x.device.type == "cpu") or torch.is_autocast_enabled(
+        "cpu"
+    ):
         return F.linear(x, weight, bias)
     image = x.transpose(1, 2).unsqueeze(-1)  # [R, tokens, in] -> [R, in, tokens, 1], channels last
     kernel = weight[:, :, None, None]  # [out, in] -> [out, in, 1, 1]

@@ -73,7 +73,9 @@ def load(name: str | Path = BUNDLED, vae: str | Path = ORIGINAL_VAE) -> Pipeline
     if folder.is_dir():
         _require_complete(folder)
     elif str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'")
+        raise FileNotFoundError(
+            f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'"
+        )
     transformer = DiTTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
     vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
     return Pipeline(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class VQLinear(nn.Module):
         return self
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cpu_packed():
     """The compiled kernel, or None without numba; imported at first use to keep imports fast."""
     try:

@@ -26,7 +26,7 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: int = 15) -> pd.Data
     if rounds < 1 or not calls:
         raise ValueError(f"{len(calls)} calls in {rounds} rounds: there is nothing to measure")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():

@@ -142,7 +142,7 @@ def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> t
     steps are plain, so the result is a fixed point of Lloyd's iteration within `tolerance`.
     """
     history: list[float] = []
-    relaxation = _RELAXATION
+    relaxation, means = _RELAXATION, codewords
     for step in range(iterations + 1):
         sums = kernels.cluster_sums(x, codewords)
         error = max(0.0, _cluster_errors(sums, codewords).sum().item()) / x.numel()

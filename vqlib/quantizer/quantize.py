@@ -40,7 +40,9 @@ def quantize(
         if config.assignment == "nearest":
             continue
         if name not in hessians:
-            raise ValueError(f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}")
+            raise ValueError(
+                f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}"
+            )
         if hessians[name].shape != (layer.in_features, layer.in_features) or not hessians[name].isfinite().all():
             raise ValueError(
                 f"in_features {layer.in_features} needs a finite Hessian of that size, "
@@ -80,7 +82,9 @@ def _quantize_group(
     for (name, layer), part in zip(group.items(), parts, strict=True):
         if hessians:
             weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
-            candidates = candidates_with_feedback(weight, hessian, codewords.data, config.candidates, config.ratio_start)
+            candidates = candidates_with_feedback(
+                weight, hessian, codewords.data, config.candidates, config.ratio_start
+            )
             if not shared:
                 codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)
         else:

@@ -42,7 +42,9 @@ class Bench:
             raise ValueError(f"method {name!r} is not one of {', '.join(METHODS)}")
         for row in config.rows():
             if row.method in ("RTN", "GPTQ") and row.bits not in GROUP_SIZES:
-                raise ValueError(f"{row.method} at {row.bits} bits: a group's size is known for {list(GROUP_SIZES)} bits")
+                raise ValueError(
+                    f"{row.method} at {row.bits} bits: a group's size is known for {list(GROUP_SIZES)} bits"
+                )
         self.config, self.folder = config, Path(folder)
         self.pipe = pipe or pipeline.load(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
         source = {"transformer": fingerprint(self.pipe.transformer), "vae": fingerprint(self.pipe.vae)}
@@ -69,7 +71,9 @@ class Bench:
         """The codes of a vector-quantized method: candidates and how they are found."""
         if method in (PAPER, "VQ4DiT"):
             return recipe_vq("paper" if method == PAPER else self.config.recipe, bits)
-        return VQConfig(bits=bits, candidates=1, assignment="error-feedback" if method.startswith("GPTVQ") else "nearest")
+        return VQConfig(
+            bits=bits, candidates=1, assignment="error-feedback" if method.startswith("GPTVQ") else "nearest"
+        )
 
     def vector_quantized(self, method: str, bits: int, settings: CalibrationConfig | None = None) -> Baseline:
         """A packed model in a folder named by all it depends on; `settings` None: not calibrated."""

@@ -202,7 +202,11 @@ def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run:
     on_cpu = soft[0].candidates.device.type == "cpu"
     snapshot = depth * run.state // tried if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
     return {
-        "codebooks": held + rest + depth * layers + largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq),
+        "codebooks": held
+        + rest
+        + depth * layers
+        + largest * 8 * (job.vq.candidates + 4)
+        + _moments_memory(geometry, job.vq),
         "calibration": held + rest + depth * (layers + optimizer) + graph + snapshot,
         "sampling": held + rest + _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
     }

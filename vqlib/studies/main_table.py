@@ -86,7 +86,9 @@ def _start_workers(config: TableConfig, folder: Path, workers: int) -> None:
     job = json.dumps({"config": dataclasses.asdict(config), "folder": str(folder.absolute())})
     places = [str(DATA.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # this source tree, installed or not
     environment = os.environ | {WORKER: job, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
-    running = [subprocess.Popen([sys.executable, "-m", "vqlib.studies.main_table"], env=environment) for _ in range(workers)]
+    running = [
+        subprocess.Popen([sys.executable, "-m", "vqlib.studies.main_table"], env=environment) for _ in range(workers)
+    ]
     try:
         codes = [process.wait() for process in running]
     finally:

@@ -1,8 +1,8 @@
 """Named settings for whole jobs, each with the model, the figure quoted for it and the sizes it must give.
 
-    dit-xl-2-256-w2, -w3, -w4      facebook/DiT-XL-2-256 or DiT-XL-2-256x256.pt
-    dit-xl-2-512-w2, -w3, -w4      facebook/DiT-XL-2-512 or DiT-XL-2-512x512.pt
-    dit-mini-fashion-w2, -w3, -w4  the bundled model
+dit-xl-2-256-w2, -w3, -w4      facebook/DiT-XL-2-256 or DiT-XL-2-256x256.pt
+dit-xl-2-512-w2, -w3, -w4      facebook/DiT-XL-2-512 or DiT-XL-2-512x512.pt
+dit-mini-fashion-w2, -w3, -w4  the bundled model
 """
 
 from __future__ import annotations
