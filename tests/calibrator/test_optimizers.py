@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from vqlib.calibrator.optimizers import BlockOptimizers
+from vqlib.calibrator.calibrate import block_steps
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
 from vqlib.quantizer.quantize import quantize
@@ -20,15 +20,20 @@ def prepared(scope="layer", **settings):
     for parameter in trained:
         parameter.requires_grad_(True)
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    return student, BlockOptimizers(dit.block_list(student), CalibrationConfig(**settings)), trained
+    return student, optimizers_of(student, CalibrationConfig(**settings)), trained
+
+
+def optimizers_of(student, config):
+    """One optimizer a block, and that of what blocks share."""
+    steps, shared = block_steps(student, config)
+    return [*(step.optimizer for step in steps), shared]
 
 
 def test_a_block_is_stepped_alone_and_its_gradients_are_dropped():
     student, optimizers, trained = prepared()
     before = [p.detach().clone() for p in trained]
     own = set(dit.block_list(student)[1].parameters())
-    optimizers.start(0)
-    optimizers.step(1)
+    optimizers[1].step(1)
     for old, parameter in zip(before, trained, strict=True):
         assert torch.equal(old, parameter) is (parameter not in own)
         assert (parameter.grad is None) is (parameter in own)
@@ -39,9 +44,9 @@ def test_what_blocks_share_is_stepped_after_the_last_of_them():
     codebook = next(m.codebook for m in student.modules() if hasattr(m, "logits"))
     before = codebook.detach().clone()
     for index in range(2):
-        optimizers.step(index)
+        optimizers[index].step(1)
     assert torch.equal(codebook, before) and codebook.grad is not None
-    optimizers.step_shared()
+    optimizers[-1].step(1)
     assert not torch.equal(codebook, before) and codebook.grad is None
 
 
@@ -57,8 +62,8 @@ def test_rmsprop_is_torchs_by_numbers_and_by_state():
             twin.grad = parameter.grad.clone()
         torchs.step()
         for index in range(2):
-            optimizers.step(index)
-    slots = {p: slot for optimizer in optimizers.all[:2] for p, slot in optimizer.state.items()}
+            optimizers[index].step(1)
+    slots = {p: slot for optimizer in optimizers[:2] for p, slot in optimizer.inner.state.items()}
     for twin, parameter in zip(twins, trained, strict=True):
         torch.testing.assert_close(parameter.data, twin.data, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(dict(slots[parameter]), dict(torchs.state[twin]), rtol=1e-5, atol=1e-12)
@@ -70,13 +75,14 @@ def test_a_loaded_state_goes_on_as_the_one_that_was_saved(optimizer):
     for stop in (False, True):
         student, optimizers, trained = prepared(optimizer=optimizer)
         for _ in range(2):
-            if stop and optimizers.state():
-                saved = {name: value.clone() for name, value in optimizers.state().items()}
-                optimizers = BlockOptimizers(dit.block_list(student), optimizers.config)
-                optimizers.load_state(saved)
+            if stop and optimizers[0].state():
+                saved = [{name: value.clone() for name, value in one.state().items()} for one in optimizers]
+                optimizers = optimizers_of(student, optimizers[0].config)
+                for one, state in zip(optimizers, saved, strict=True):
+                    one.load_state(state)
             for parameter in trained:
                 parameter.grad = torch.sin(parameter.detach())
             for index in range(2):
-                optimizers.step(index)
+                optimizers[index].step(1)
         runs.append([p.detach().clone() for p in trained])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -62,9 +62,9 @@ def whole(tmp_path_factory):
 
 
 def test_killed_at_the_worst_moments_a_run_ends_bit_equal(whole, tmp_path):
-    """The first os.replace writes run.json, the later ones checkpoints and the cut of records.jsonl at a resume."""
+    """The first os.replace writes run.json, the second the start, the later ones checkpoints and the cut of records.jsonl at a resume."""
     folder, draw = tmp_path / "killed", random.Random(0)
-    for moment, countdown in (("replace", 2), ("fsync", draw.randint(2, 3)), ("append", draw.randint(2, 6))):
+    for moment, countdown in (("replace", 3), ("fsync", draw.randint(3, 4)), ("append", draw.randint(2, 6))):
         assert run_child(folder, moment, countdown) == -signal.SIGKILL, moment
         assert 0 < len(read_records(folder)) < SETTINGS.iterations
     assert run_child(folder, "never", 0) == 0

@@ -35,7 +35,9 @@ def test_separated_clusters_are_found_exactly():
 def test_mse_is_the_error_of_what_is_returned():
     x = _points()
     fitted = fit_codebook(x, 32)
-    assert fitted.mse == pytest.approx((x - fitted.reconstruct()).double().square().mean().item(), rel=1e-6)
+    assert fitted.mse == pytest.approx(
+        (x - fitted.codewords[fitted.assignments]).double().square().mean().item(), rel=1e-6
+    )
     assert torch.equal(fitted.assignments, module.kernels.assign(x, fitted.codewords))
     assert fitted.codewords.dtype == torch.float32 and fitted.assignments.dtype == torch.int64
 
@@ -122,11 +124,17 @@ def test_one_codeword_is_the_mean():
     assert torch.allclose(fit_codebook(x, 1).codewords[0], x.mean(dim=0), atol=1e-6)
 
 
-def test_too_few_distinct_points_are_named():
+def test_fewer_distinct_points_than_codewords_are_the_codebook_itself():
     x = torch.ones(50, 4)
-    x[0] = 2.0
-    with pytest.raises(ValueError, match=r"2 distinct sub-vectors among 50 .* k=3 codewords \(blocks.3.attn1.to_q\)"):
-        fit_codebook(x, 3, name="blocks.3.attn1.to_q")
+    x[7] = torch.tensor([2.0, 0.1, 0.3, -0.7])
+    fitted = fit_codebook(x, 3)
+    assert fitted.mse == 0.0 and fitted.codewords.shape == (3, 4)
+    assert torch.equal(fitted.codewords[fitted.assignments], x)
+
+
+def test_fewer_points_than_codewords_are_named():
+    with pytest.raises(ValueError, match=r"2 sub-vectors are fewer than k=3 codewords \(blocks.3.attn1.to_q\)"):
+        fit_codebook(torch.eye(2), 3, name="blocks.3.attn1.to_q")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

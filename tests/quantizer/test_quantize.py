@@ -2,7 +2,8 @@ import pytest
 import tiny
 import torch
 
-from vqlib.config import VQConfig
+from vqlib.calibrator.hessians import input_hessians
+from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
 from vqlib.packed.harden import harden, reconstruction_error
 from vqlib.packed.layer import VQLinear
@@ -82,3 +83,39 @@ def test_codebooks_kept_in_a_folder_are_not_fitted_again(scope, codebooks, tmp_p
         assert all(torch.equal(v, student.state_dict()[n]) for n, v in plain.state_dict().items())
     fewer = quantize(transformer, config.replace(candidates=1), seed=4, cache=tmp_path)
     assert next(m for m in fewer.modules() if isinstance(m, CandidateLinear)).candidates.shape[1] == 1
+
+
+@pytest.mark.parametrize("scope", ["layer", "block", "model"])
+@pytest.mark.parametrize("assignment", ["nearest", "error-feedback"])
+def test_a_layer_of_zeros_is_packed_exactly(scope, assignment):
+    pipe = tiny.pipeline()
+    dead = pipe.transformer.transformer_blocks[1].norm1.linear
+    dead.weight.zero_()
+    config = VQConfig(k=16, d=4, candidates=2, codebook_scope=scope, assignment=assignment, kmeans_iterations=2)
+    hessians = input_hessians(pipe, CalibrationConfig(batch_size=2, steps=4), 1)
+    packed = harden(quantize(pipe.transformer, config, hessians=hessians))
+    assert torch.equal(packed.transformer_blocks[1].norm1.linear.weight(), dead.weight)
+
+
+def test_a_constant_layer_is_packed_exactly():
+    transformer = tiny.transformer()
+    transformer.transformer_blocks[0].attn1.to_q.weight.fill_(0.3)
+    packed = harden(quantize(transformer, VQConfig(k=16, d=4, candidates=2)))
+    assert (
+        packed.transformer_blocks[0].attn1.to_q.weight() == transformer.transformer_blocks[0].attn1.to_q.weight
+    ).all()
+
+
+def test_what_is_quantized_already_is_refused():
+    config = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=2)
+    student = quantize(tiny.transformer(), config)
+    partly = tiny.transformer()
+    dit.swap(partly, "transformer_blocks.1.attn1.to_q", harden(student).transformer_blocks[1].attn1.to_q)
+    for model, count in ((student, 14), (harden(student), 14), (partly, 1)):
+        with pytest.raises(ValueError, match=f"^{count} layers are quantized already, transformer_blocks"):
+            quantize(model, config)
+
+
+def test_a_model_without_a_block_is_refused():
+    with pytest.raises(ValueError, match="Linear"):
+        quantize(torch.nn.Linear(8, 8), VQConfig(k=16, d=4))

@@ -13,11 +13,18 @@ from vqlib.packed.harden import harden
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
-from vqlib.quantizer.feedback import damped, quantize_columns, weighted_error
+from vqlib.quantizer.feedback import damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.baselines.baseline import full_precision, packed, replace_weights
 from vqlib.studies.baselines.gptq import gptq
 from vqlib.studies.baselines.grid import fit_grid
+
+
+def weighted_error(difference, hessian):
+    """tr(D H Dᵀ) of D = W − Ŵ [out, in] with the damped Hessian, by its definition."""
+    wide, h = difference.double(), damped(hessian.double())
+    return float(torch.trace(wide @ h @ wide.T))
+
 
 SETTINGS = CalibrationConfig(batch_size=4, steps=5, iterations=2)
 VQ = VQConfig(k=8, d=4, candidates=1, assignment="error-feedback")

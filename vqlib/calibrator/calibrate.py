@@ -1,7 +1,7 @@
 """Block-wise, zero-data calibration: one `Record` per step, interruptible, resumable, bit-equal on CPU after a resume.
 
 While the full-precision model makes one forward pass, each block's student is evaluated on that block's inputs,
-differentiated and stepped before the next block runs: memory holds the graph of one block only.
+differentiated and stepped (`BlockStep`) before the next block runs: memory holds the graph of one block only.
 """
 
 from __future__ import annotations
@@ -11,36 +11,39 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vqlib import kernels
-from vqlib.calibrator.losses import RATIO_LOSSES, block_loss
-from vqlib.calibrator.optimizers import BlockOptimizers, with_prefix
+from vqlib.calibrator.block import BlockRecord, BlockStep, Moment
+from vqlib.calibrator.losses import RATIO_LOSSES, block_loss, distance_weight
+from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.calibrator.runs import Record, RunFolder
-from vqlib.calibrator.trajectory import Inputs, Trajectory, teacher_output
+from vqlib.calibrator.teacher import following, outputs_of, require_counterpart, teacher_output
+from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.kernels.products import products_in
-from vqlib.models import dit, pipeline
+from vqlib.models import dit
+from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
-from vqlib.quantizer.soft import CandidateLinear, soft_layers
+from vqlib.quantizer.soft import soft_layers
 from vqlib.system.fingerprint import fingerprint
 from vqlib.system.memory import keep_freed_memory, peak_memory
 
-SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
-
 
 def calibrate(
-    pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig | None = None, out: str | Path | None = None
+    pipe: Pipeline, model: nn.Module, config: CalibrationConfig | None = None, out: str | Path | None = None
 ) -> Calibration:
     """Calibrate `model` (from `quantize`) against `pipe.transformer`, in place; iterate for Records, then `.finish()`.
 
-    With `out` the run is kept in that folder: an unfinished run of the same settings goes on from its last checkpoint.
-    Raises RuntimeError where the folder holds other settings or another process, ValueError where nothing is to be trained.
+    With `out` the run is kept in that folder: a stopped run of the same settings, teacher and codes goes on from its last
+    checkpoint, whatever machine it was started on; `iterations` and `checkpoint_every` may differ. Raises RuntimeError where
+    the folder holds other settings or another process, ValueError where nothing is to be trained or the two models do not
+    belong together, FloatingPointError at the first loss or output that is not finite.
     """
     return Calibration(pipe, model, config or CalibrationConfig(), out)
 
@@ -48,27 +51,23 @@ def calibrate(
 class Calibration(Iterator[Record]):
     """A run in progress: `iteration` steps are done, `next()` makes one more, `finish()` makes the rest and packs."""
 
-    def __init__(
-        self, pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig, out: str | Path | None
-    ) -> None:
-        if not any(isinstance(m, CandidateLinear) for m in model.modules()):
-            raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
+    def __init__(self, pipe: Pipeline, model: nn.Module, config: CalibrationConfig, out: str | Path | None) -> None:
         keep_freed_memory()
         self.pipe, self.student, self.config = pipe, model, config
         self.layers = soft_layers(model)
-        self.blocks = dit.block_list(model)
-        names = {layer: name for name, layer in self.layers.items()}
-        self.parts = {p: {names[m]: m for m in soft_layers(p).values()} for p in (*self.blocks, model)}
+        if not self.layers:
+            raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
+        require_counterpart(pipe.transformer, model)
         self._prepare_parameters()
-        self.optimizers = BlockOptimizers(self.blocks, config)
+        self.blocks, self.shared = block_steps(model, config)
         self.trajectory = Trajectory(pipe, config)
         self.iteration, self.ratio_minimum = 0, math.inf
-        self.settled = {name: layer.logits is None for name, layer in self.layers.items()}
-        self.final: dict[str, dict] = {}  # the record's figures of layers in which nothing is left to choose
         self.folder = RunFolder(out, self._settings()) if out is not None else None
         try:
             if not self._resume():
                 self.trajectory.stagger(partial(teacher_output, pipe))
+                if self.folder:  # the start itself: made again, on another processor, it may differ in its last bits
+                    self.folder.save(self._state(), 0)
         except BaseException:
             self.close()
             raise
@@ -76,23 +75,32 @@ class Calibration(Iterator[Record]):
     @property
     def remaining(self) -> int:
         """Steps still to make; the length a progress bar needs."""
-        return self.config.iterations - self.iteration
+        return max(0, self.config.iterations - self.iteration)
 
     def __len__(self) -> int:
         return self.remaining
 
     def __next__(self) -> Record:
-        """One optimizer step. An interrupt during it is raised after it, so the run can simply be continued."""
-        if self.remaining <= 0:
+        """One optimizer step. An interrupt during it is raised after it, so the run can simply be continued.
+
+        Any other error gives the run folder back; the run can be resumed from its last checkpoint.
+        """
+        if self.remaining == 0:
             raise StopIteration
-        with _interrupt_after():
-            record = self._step()
-            if self.folder:
-                self.folder.append(record)
-                if self.remaining == 0:
-                    self.checkpoint()
-                elif self.config.checkpoint_every and self.iteration % self.config.checkpoint_every == 0:
-                    self.folder.save(self._state(), self.iteration)
+        try:
+            with _interrupt_after():
+                record = self._step()
+                if self.folder:
+                    self.folder.append(record)
+                    every = self.config.checkpoint_every
+                    if self.remaining == 0 or (every and self.iteration % every == 0):
+                        self.folder.save(self._state(), self.iteration)
+                    if self.remaining == 0:
+                        self.folder.wait()
+        except Exception:
+            with suppress(Exception):  # the first error is the one to tell
+                self.close()
+            raise
         return record
 
     def checkpoint(self) -> None:
@@ -117,88 +125,47 @@ class Calibration(Iterator[Record]):
     def _step(self) -> Record:
         started = time.perf_counter()
         inputs = self.trajectory.inputs()
-        self.optimizers.start(self.iteration)
-        push = self._push_ratios()
+        moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
         with products_in(getattr(torch, self.config.products)):
-            output, losses = pass_through(inputs, push)
+            output, records = pass_through(inputs, moment)
+        self.shared.step(moment.iteration)
         self.trajectory.advance(output)
         self.iteration += 1
-        layers = {name: self._settle(name, layer) for name, layer in self.layers.items()}
-        ratio_loss = sum(layer.pop("ratio_loss") for layer in layers.values())
-        return Record(
-            self.iteration,
-            losses,
-            ratio_loss,
-            layers,
-            time.perf_counter() - started,
-            peak_memory(self.trajectory.device),
-        )
+        layers = {name: figures for record in records for name, figures in record.layers.items()}
+        ratio_loss = sum(figures.pop("ratio_loss") for figures in layers.values())
+        seconds, memory = time.perf_counter() - started, peak_memory(self.trajectory.device)
+        return Record(self.iteration, [record.loss for record in records], ratio_loss, layers, seconds, memory)
 
-    def _streaming(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
-        """One teacher forward; every block's student follows inside it. Returns the teacher's output and L_d per block."""
-        losses: list[float] = []
-        carried: list[Tensor] = []  # the student's own activations, with block_inputs="student"
+    def _streaming(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
+        """One teacher forward; every block's student follows inside it. The teacher's output, a record per block."""
+        records: list[BlockRecord] = []
 
-        def follow(index: int):
-            def hook(block, args, kwargs, output):
-                hidden = carried.pop() if carried else args[0]
-                with torch.enable_grad():
-                    own = self.blocks[index](hidden, *args[1:], **kwargs)
-                    loss = block_loss(own, output)
-                    self._backward(self._lambda_d(output) * loss, self.blocks[index], push)
-                losses.append(loss.item())
-                self.optimizers.step(index)
-                if self.config.block_inputs == "student":
-                    carried.append(own.detach())
+        def follow(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if self.config.block_inputs == "student" and records:
+                args = (records[-1].output, *args[1:])
+            records.append(self.blocks[index].step((args, kwargs), output, moment))
 
-            return hook
+        with following(self.pipe.transformer, follow):
+            return teacher_output(self.pipe, inputs), records
 
-        with ExitStack() as hooks:
-            for index, block in enumerate(dit.block_list(self.pipe.transformer)):
-                hooks.callback(block.register_forward_hook(follow(index), with_kwargs=True).remove)
-            output = teacher_output(self.pipe, inputs)
-        self.optimizers.step_shared()
-        return output, losses
-
-    def _end_to_end(self, inputs: Inputs, push: bool) -> tuple[Tensor, list[float]]:
+    def _end_to_end(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
         """The student on its own activations, one graph through all blocks, as the release; needs memory for all of it."""
-        targets, own = [], []
-        with ExitStack() as hooks:
-            for block in dit.block_list(self.pipe.transformer):
-                hooks.callback(block.register_forward_hook(lambda b, a, out: targets.append(out)).remove)
-            for block in self.blocks:
-                hooks.callback(block.register_forward_hook(lambda b, a, out: own.append(out)).remove)
+        with outputs_of(self.pipe.transformer) as targets:
             output = teacher_output(self.pipe, inputs)
+        with outputs_of(self.student) as own:
             student_output = dit.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
-        losses = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
-        loss = self._lambda_d(targets[0], len(losses)) * sum(losses)
+        distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
+        losses = [step.checked(distance, moment) for step, distance in zip(self.blocks, distances, strict=True)]
         if self.config.loss_at == "output":
-            loss = self._lambda_d(output) * block_loss(student_output, output)
-        self._backward(loss, self.student, push)
-        for index in range(len(self.blocks)):
-            self.optimizers.step(index)
-        self.optimizers.step_shared()
-        return output, [loss.item() for loss in losses]
-
-    def _lambda_d(self, output: Tensor, blocks: int = 1) -> float:
-        """What a sum of `blocks` means is weighed by: as Eq. 8's sum over tokens, channels and blocks, or as one mean."""
-        return self.config.lambda_d * (output[0].numel() if self.config.block_loss == "sum" else 1 / blocks)
-
-    def _backward(self, loss: Tensor, part: nn.Module, push: bool) -> None:
-        """Gradients of λ_d L_d + λ_r L_r (Eq. 10) for the layers of `part`; L_r needs no graph, it sees the logits alone."""
+            loss = distance_weight(self.config, output) * block_loss(student_output, output)
+        else:
+            loss = distance_weight(self.config, targets[0], len(distances)) * sum(distances)
         loss.backward()
-        if push:
-            for z in (layer.logits for layer in self.parts[part].values() if layer.logits is not None):
-                if z.grad is not None:
-                    kernels.add_ratio_gradient(self.config.ratio_loss, z, z.grad, self.config.lambda_r)
-        if self.config.train_codebooks == "frozen":
-            waiting = {id(layer.codebook) for name, layer in self.layers.items() if not self.settled[name]}
-            for layer in self.parts[part].values():
-                if id(layer.codebook) in waiting:  # a shared codebook waits for the last of its layers
-                    layer.codebook.grad = None
-                    if layer.scale is not None:
-                        layer.scale.grad = None
+        for step in self.blocks:
+            step.add_gradients(moment)
+        seen = [step.update(moment) for step in self.blocks]
+        return output, [BlockRecord(*one) for one in zip(losses, own, seen, strict=True)]
 
     def _push_ratios(self) -> bool:
         """Whether L_r takes part in this step."""
@@ -213,37 +180,15 @@ class Calibration(Iterator[Record]):
         self.ratio_minimum = min(self.ratio_minimum, value)
         return rising
 
-    def _settle(self, name: str, layer: CandidateLinear) -> dict:
-        """Freeze what has passed the threshold; the layer's figures for the record."""
-        if name in self.final:
-            return dict(self.final[name])
-        figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
-        winners = torch.zeros(len(layer.candidates), dtype=torch.uint8, device=layer.candidates.device)
-        if layer.logits is not None:
-            ratios = kernels.settle_ratios(layer.logits.data, self._threshold(layer.logits.data), freeze=True)
-            figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_first, "entropy": ratios.entropy}
-            figures |= {"histogram": ratios.histogram.tolist(), "ratio_loss": getattr(ratios, self.config.ratio_loss)}
-            self.settled[name] = ratios.frozen > SETTLED
-            winners = ratios.winners
-        k = len(layer.codebook)
-        figures["unused"] = k - kernels.used_codewords(layer.candidates, winners, k)
-        if figures["frozen"] == 1.0 and figures["entropy"] == 0.0:
-            self.final[name] = dict(figures)
-            if layer.logits is not None:
-                layer.settle()
-                self.optimizers.forget(layer.logits)
-        return figures
+    def _waiting(self) -> frozenset[int]:
+        """Codebooks that do not train before all of their layers are settled, by id."""
+        if self.config.train_codebooks != "frozen":
+            return frozenset()
+        settled = self._settled()
+        return frozenset(id(layer.codebook) for name, layer in self.layers.items() if not settled[name])
 
-    def _threshold(self, logits: Tensor) -> float:
-        """The largest ratio above which sub-vectors of a layer are frozen in this step."""
-        if self.config.freeze_rule == "threshold":
-            return self.config.freeze_above
-        start, stop = self.config.freeze_from, self.config.freeze_until
-        share = (self.iteration / self.config.iterations - start) / (stop - start)
-        if not 0.0 < share < 1.0:
-            return 1.0 if share <= 0.0 else 0.0
-        largest = kernels.largest_ratios(logits)
-        return largest.kthvalue(max(1, round(len(largest) * (1.0 - share)))).values.item()
+    def _settled(self) -> dict[str, bool]:
+        return {name: flag for step in self.blocks for name, flag in step.settled.items()}
 
     def _prepare_parameters(self) -> None:
         """Only logits, codebooks, layer scales and biases of the quantized layers are trained."""
@@ -259,33 +204,68 @@ class Calibration(Iterator[Record]):
         if not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
+        """What a run folder belongs to: the settings, the teacher and what the codes were asked to be, never their last bits."""
         name, layer = next(iter(self.layers.items()))
-        geometry = {"layers": len(self.layers), "first_layer": name}
-        geometry |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
-        geometry |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
-        geometry |= {"sha256": fingerprint(self.student), "teacher_sha256": fingerprint(self.pipe.transformer)}
-        return {"calibration": self.config.to_dict(), "student": geometry}
+        codes = {"layers": len(self.layers), "first_layer": name}
+        codes |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
+        codes |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
+        codes |= {"quantized_with": getattr(self.student, "quantized_with", None)}
+        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)}
+        return {"calibration": self.config.to_dict(), "student": codes}
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"student.{n}.{k}": v for n, m in self.layers.items() for k, v in m.state_dict().items()}
         state |= {f"trajectory.{k}": v for k, v in self.trajectory.state().items()}
-        state |= {f"optimizer.{k}": v for k, v in self.optimizers.state().items()}
-        flags = torch.tensor([self.settled[name] for name in self.layers])
+        for i, optimizer in enumerate(self.optimizers()):
+            state |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state().items()}
+        flags = torch.tensor(list(self._settled().values()))
         return state | {"settled": flags, "ratio_minimum": torch.tensor(self.ratio_minimum, dtype=torch.float64)}
 
+    def optimizers(self) -> list[BlockOptimizer]:
+        """One a block, and that of what blocks share."""
+        return [*(step.optimizer for step in self.blocks), self.shared]
+
     def _resume(self) -> bool:
+        """Take up the run of the folder where there is one."""
         found = self.folder.load() if self.folder else None
         if found is None:
             return False
         state, self.iteration = found
+        if self.iteration > self.config.iterations:
+            asked = f"iterations={self.config.iterations}"
+            raise RuntimeError(f"{self.folder.path} has {self.iteration} steps done, more than {asked}")
         for name, layer in self.layers.items():
             layer.load_state_dict({k: state[f"student.{name}.{k}"] for k in layer.state_dict()})
-        self.trajectory.load_state(with_prefix(state, "trajectory."))
-        self.optimizers.load_state(with_prefix(state, "optimizer."))
-        self.settled = dict(zip(self.layers, state["settled"].tolist(), strict=True))
+        self.trajectory.load_state(_with_prefix(state, "trajectory."))
+        for i, optimizer in enumerate(self.optimizers()):
+            optimizer.load_state(_with_prefix(state, f"optimizer.{i}."))
+        flags = iter(state["settled"].tolist())
+        for step in self.blocks:
+            step.settled = {name: next(flags) for name in step.settled}
         self.ratio_minimum = state["ratio_minimum"].item()
         return True
+
+
+def block_steps(model: nn.Module, config: CalibrationConfig) -> tuple[list[BlockStep], BlockOptimizer]:
+    """A step for every block, and the optimizer of what several blocks share, to be stepped after the last of them."""
+    blocks, names = dit.block_list(model), {module: name for name, module in model.named_modules()}
+    owners: dict[nn.Parameter, set[int]] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if parameter.requires_grad:
+                owners.setdefault(parameter, set()).add(index)
+    steps = []
+    for index, block in enumerate(blocks):
+        layers = {names[layer]: layer for layer in soft_layers(block).values()}
+        own = [p for p, o in owners.items() if o == {index}]
+        steps.append(BlockStep(names[block], block, layers, own, config))
+    return steps, BlockOptimizer([p for p, o in owners.items() if len(o) > 1], set(), config)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 @contextmanager

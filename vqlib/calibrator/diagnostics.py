@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vqlib.calibrator.losses import block_loss
-from vqlib.calibrator.trajectory import Trajectory, teacher_output
+from vqlib.calibrator.teacher import following, teacher_output
+from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit, pipeline
 from vqlib.packed.layer import VQLinear
@@ -126,14 +127,12 @@ def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig |
     keep_freed_memory()
     trajectory = Trajectory(pipe, config or CalibrationConfig())
     trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
-    pairs = list(zip(dit.block_list(pipe.transformer), dit.block_list(model), strict=True))
-    with ExitStack() as hooks:
-        for index, (teacher, student) in enumerate(pairs):
+    blocks = dit.block_list(model)
 
-            def follow(block: nn.Module, args: tuple, kwargs: dict, output: Tensor, index=index, student=student):
-                visit(index, student, args, kwargs, output)
+    def follow(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
+        visit(index, blocks[index], args, kwargs, output)
 
-            hooks.callback(teacher.register_forward_hook(follow, with_kwargs=True).remove)
+    with following(pipe.transformer, follow):
         for _ in range(batches):
             trajectory.advance(teacher_output(pipe, trajectory.inputs()))
 

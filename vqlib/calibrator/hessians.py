@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from vqlib.calibrator.trajectory import Trajectory, teacher_output
+from vqlib.calibrator.teacher import following, teacher_output
+from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
 from vqlib.models.pipeline import Pipeline
@@ -42,8 +43,14 @@ def input_hessians(
     trajectory = Trajectory(pipe, config or CalibrationConfig())
     trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
     with ExitStack() as hooks:
+        hooks.enter_context(following(pipe.transformer, lambda *_: None))
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(gather(name)).remove)
         for _ in range(batches):
             trajectory.advance(teacher_output(pipe, trajectory.inputs()))
+    unseen = [name for name, count in counts.items() if not count]
+    if unseen:
+        raise RuntimeError(
+            f"{len(unseen)} of {len(layers)} layers saw no input in {batches} batches, {unseen[0]} the first"
+        )
     return {name: total.div_(counts[name]) for name, total in sums.items()}

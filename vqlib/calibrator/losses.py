@@ -1,23 +1,33 @@
-"""The terms of the calibration loss, Eq. 8–10 of VQ4DiT and the release's variant; each a scalar, added in one place."""
+"""The terms of the calibration loss, Eq. 8–10 of VQ4DiT and the release's variant of Eq. 9."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from vqlib import kernels
+from vqlib.config import CalibrationConfig
 
 
 def block_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels].
+    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels], in float32 at least.
 
-    Eq. 8 has the squared norm, tokens · channels times as much: `CalibrationConfig.block_loss` says which of the two is
-    weighed against L_r. Losses are reported as means, so that models and layers compare.
+    Eq. 8 has the squared norm, tokens · channels times as much: `distance_weight` says which of the two is weighed
+    against L_r. Losses are reported as means, so that models and layers compare.
     """
+    if student.itemsize < 4:
+        student = student.float()
     return (student - teacher).pow(2).mean()
 
 
+def distance_weight(config: CalibrationConfig, output: Tensor, blocks: int = 1) -> float:
+    """λ_d for a sum of `blocks` means: Eq. 8's sum over tokens, channels and blocks of an image, or one mean."""
+    return config.lambda_d * (output[0].numel() if config.block_loss == "sum" else 1 / blocks)
+
+
 def absolute_ratio_loss(logits: Tensor) -> Tensor:
-    """L_r = Σ_{N,n} (1 − |2r − 1|) / N of one layer's logits [N, n] (Eq. 9).
+    """L_r = Σ_{N,n} (1 − |2r − 1|) / N of one layer's logits [N, n] (Eq. 9); a value without a graph.
 
     Per sub-vector it is 2 while the largest ratio is at most ½ and 4(1 − max r) above: for n ≥ 3 its gradient is 0 at 1/n.
     """
@@ -25,8 +35,21 @@ def absolute_ratio_loss(logits: Tensor) -> Tensor:
 
 
 def quadratic_ratio_loss(logits: Tensor) -> Tensor:
-    """n · mean of r(1 − r) over the sub-vectors not yet frozen, as in the authors' release; logits [N, n]."""
+    """n · mean of r(1 − r) over the sub-vectors not yet frozen, as in the authors' release; logits [N, n]; without a graph."""
     return kernels.ratio_loss("quadratic", logits)
 
 
 RATIO_LOSSES = {"absolute": absolute_ratio_loss, "quadratic": quadratic_ratio_loss}
+
+
+def backward(lambda_d: float, distance: Tensor, lambda_r: float, ratio_loss: str, logits: Iterable[Tensor]) -> None:
+    """Gradients of λ_d L_d + λ_r L_r (Eq. 10): the first term by autograd, then the second, which sees the logits alone."""
+    (lambda_d * distance).backward()
+    add_ratio_gradients(lambda_r, ratio_loss, logits)
+
+
+def add_ratio_gradients(lambda_r: float, ratio_loss: str, logits: Iterable[Tensor]) -> None:
+    """z.grad += λ_r dL_r/dz for every z [N, n] that has a gradient."""
+    for z in logits:
+        if z.grad is not None:
+            kernels.add_ratio_gradient(ratio_loss, z, z.grad, lambda_r)

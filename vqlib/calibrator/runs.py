@@ -22,6 +22,9 @@ from torch import Tensor
 
 from vqlib.system.files import copies, remove_remains, write_bytes, write_tensors
 
+# A stopped run may be asked for more steps; rates and timetables then follow the new length from there on.
+MAY_DIFFER = ("calibration.iterations", "calibration.checkpoint_every")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -49,7 +52,7 @@ class RunFolder:
     """One holder's grip on `<run>`. Raises RuntimeError where somebody else has it or the settings differ."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
-        self.path = Path(folder)
+        self.path = Path(folder).expanduser()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock", thread_local=False)  # whichever thread closes it
         try:
@@ -60,9 +63,13 @@ class RunFolder:
         self._records = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
-        for name in ("run.json", "records.jsonl", "state.safetensors"):
-            remove_remains(self.path / name)
-        self._check_settings(settings)
+        try:
+            for name in ("run.json", "records.jsonl", "state.safetensors"):
+                remove_remains(self.path / name)
+            self._check_settings(settings)
+        except BaseException:  # whatever it is, the folder is free again
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the folder back, once the last checkpoint is written."""
@@ -130,14 +137,24 @@ class RunFolder:
             write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Keep the settings of a new run, compare those of an old one; what may differ is kept as it is from now on."""
         path = self.path / "run.json"
         settings = json.loads(json.dumps(settings))
-        if not path.exists():
+        old = _read_settings(path) if path.exists() else settings
+        for key, before, now in _differences(old, settings):
+            if key not in MAY_DIFFER:
+                raise RuntimeError(
+                    f"{self.path} holds a run with {key}={before}, now {key}={now}; give `out` another folder"
+                )
+        if old != settings or not path.exists():
             write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
-            return
-        for key, old, new in _differences(json.loads(path.read_text()), settings):
-            self.close()
-            raise RuntimeError(f"{self.path} holds a run with {key}={old}, now {key}={new}; give `out` another folder")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{path} is damaged ({error}); remove its folder to start the run anew") from None
 
 
 def on_accelerator(tensors: dict[str, Tensor]) -> bool:
@@ -148,7 +165,7 @@ def on_accelerator(tensors: dict[str, Tensor]) -> bool:
 def read_records(folder: str | Path) -> list[Record]:
     """The records of a run, finished or going on; a last line that is still being written is left out."""
     records = []
-    for line in (Path(folder) / "records.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (Path(folder).expanduser() / "records.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             records.append(Record(**json.loads(line)))
         except json.JSONDecodeError:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vqlib.config import CalibrationConfig
-from vqlib.models import dit
 from vqlib.models.ddpm import NoiseSchedule, guide
 from vqlib.models.pipeline import Pipeline
 
@@ -26,12 +25,6 @@ class Inputs:
     x: Tensor
     timestep: Tensor
     labels: Tensor
-
-
-@torch.no_grad()
-def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
-    """The full-precision model's output [R, 2C, h, w] for a batch, without a graph."""
-    return dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
 
 
 class Trajectory:

@@ -30,10 +30,6 @@ class Codebook:
     mse: float  # mean squared error per weight
     history: tuple[float, ...] = ()  # mse of every pass over all sub-vectors, the last one equal to `mse`
 
-    def reconstruct(self) -> Tensor:
-        """Every sub-vector replaced by its codeword: -> [N, d]."""
-        return self.codewords[self.assignments]  # [k, d], [N] -> [N, d]
-
 
 def fit_codebook(
     x: Tensor,
@@ -49,7 +45,8 @@ def fit_codebook(
 
     x [N, d] floating point. Stops early when a pass lowers the error by less than `tolerance`, relative. With
     `subsample` points per codeword the iterations first run on that many random points, then on all; by default 512 for
-    300,000 points or more. No codeword is left empty. ValueError for fewer distinct
+    300,000 points or more. No codeword is left empty, unless there are fewer
+    distinct sub-vectors than k: they are then the codewords, the last repeated, and the error is 0. ValueError for fewer
     sub-vectors than k and for values that are not finite; `name` is the layer in the message.
     """
     x = _checked(x, k, name)
@@ -59,7 +56,10 @@ def fit_codebook(
         raise ValueError(f"iterations={iterations} must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     sample = _subsample(x, k, subsample, generator)
-    codewords = _start(sample, x, k, start, generator, name)
+    distinct = _distinct_rows(x, k, generator)
+    if len(distinct) < k:
+        return _exact(x, k)
+    codewords = _start(sample, distinct, k, start, generator)
     if len(sample) < len(x):
         codewords, _, _ = _lloyd(sample, codewords, iterations, 0.1 * tolerance)  # cheap passes, so run them out
     codewords, sums, history = _lloyd(x, codewords, iterations, tolerance)
@@ -77,8 +77,8 @@ def _label(name: str) -> str:
 def _checked(x: Tensor, k: int, name: str) -> Tensor:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"sub-vectors must be floating point [N, d], not {x.dtype} {list(x.shape)}{_label(name)}")
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1{_label(name)}")
+    if not 1 <= k <= len(x):
+        raise ValueError(f"{len(x)} sub-vectors are fewer than k={k} codewords{_label(name)}")
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise ValueError(f"{bad} of {x.numel()} weights are not finite{_label(name)}")
@@ -94,16 +94,20 @@ def _subsample(x: Tensor, k: int, per_codeword: int | None, generator: torch.Gen
     return x[chosen.sort().values.to(x.device)]  # [N, d] -> [per_codeword * k, d]
 
 
-def _distinct_rows(x: Tensor, k: int, generator: torch.Generator, name: str) -> Tensor:
-    """k different rows of x in random order; looks through all rows only where a few are not enough."""
+def _distinct_rows(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k different rows of x in random order, fewer where there are no more; looks at all rows only where a few do not do."""
     order = torch.randperm(len(x), generator=generator).to(x.device)
-    for count in (4 * k, len(x)):
-        rows = torch.unique(x[order[:count]], dim=0)
-        if len(rows) >= k:
-            return rows[torch.randperm(len(rows), generator=generator)[:k].to(x.device)]
-        if count >= len(x):
-            break
-    raise ValueError(f"{len(rows)} distinct sub-vectors among {len(x)} are fewer than k={k} codewords{_label(name)}")
+    rows = torch.unique(x[order[: 4 * k]], dim=0)
+    if len(rows) < k and 4 * k < len(x):
+        rows = torch.unique(x, dim=0)
+    return rows if len(rows) < k else rows[torch.randperm(len(rows), generator=generator)[:k].to(x.device)]
+
+
+def _exact(x: Tensor, k: int) -> Codebook:
+    """The codebook of fewer than k distinct sub-vectors, a constant layer's for example: itself, without error."""
+    rows, assignments = torch.unique(x, dim=0, return_inverse=True)
+    places = torch.arange(k, device=x.device).clamp_max(len(rows) - 1)
+    return Codebook(rows[places], assignments, 0.0, (0.0,))
 
 
 def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -120,12 +124,11 @@ def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return torch.stack(codewords)
 
 
-def _start(sample: Tensor, x: Tensor, k: int, start: str, generator: torch.Generator, name: str) -> Tensor:
-    distinct = _distinct_rows(x, k, generator, name)
+def _start(sample: Tensor, distinct: Tensor, k: int, start: str, generator: torch.Generator) -> Tensor:
     if start == "kmeans++":
         return _plus_plus(sample, k, generator)
     if start == "random":  # with replacement, so that some codewords may start equal
-        return sample[torch.randint(len(sample), (k,), generator=generator).to(x.device)]
+        return sample[torch.randint(len(sample), (k,), generator=generator).to(sample.device)]
     return distinct
 
 

@@ -37,12 +37,6 @@ def quantize_columns(weight: Tensor, hessian: Tensor, width: int, choose: Choose
     return result.float()
 
 
-def weighted_error(difference: Tensor, hessian: Tensor, damping: float = DAMPING) -> float:
-    """tr(D H Dᵀ) of D = W − Ŵ [out, in] with the damped Hessian: what `quantize_columns` keeps small."""
-    wide = difference.double()
-    return float(((wide @ damped(hessian.double(), damping)) * wide).sum())
-
-
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """H with `damping` times its mean diagonal added to the diagonal; the identity for inputs that are always 0."""
     mean = float(hessian.diagonal().mean())

@@ -31,9 +31,10 @@ def quantize(
     for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
     `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
     refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer
-    whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, before any work is done.
+    whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, and a model that has no
+    linear in its blocks or holds quantized layers already, before any work is done.
     """
-    layers = dit.quantizable(transformer)
+    layers = _unquantized(transformer)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     for name, layer in layers.items():
         split(layer.weight, config.d, name)
@@ -52,7 +53,21 @@ def quantize(
     for group in _groups(transformer, layers, config.codebook_scope):
         for name, replacement in _quantize_group(group, config, seed, cache, hessians):
             dit.swap(student, name, replacement)
+    student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
     return student.eval()
+
+
+def _unquantized(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears to quantize by name; ValueError where there is none, or where some are quantized already."""
+    layers = dit.quantizable(transformer)
+    done = [name for name, module in transformer.named_modules() if hasattr(module, "codebook")]
+    if done:
+        raise ValueError(
+            f"{len(done)} layers are quantized already, {done[0]} the first: give the full-precision model"
+        )
+    if not layers:
+        raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
+    return layers
 
 
 def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) -> Iterator[dict[str, nn.Linear]]:
@@ -98,7 +113,7 @@ def _scale(layer: nn.Linear) -> Tensor:
 
 def _normalized(layer: nn.Linear, d: int, scale: Tensor | None) -> Tensor:
     x = split(layer.weight.detach().float(), d)
-    return x if scale is None else x / scale
+    return x if scale is None else x / torch.where(scale > 0, scale, 1.0)  # a layer of zeros: 0 · any codeword
 
 
 def _copy_without(module: nn.Module, replaced) -> nn.Module:

@@ -19,7 +19,7 @@ class CandidateLinear(nn.Module):
 
     codebook: Parameter [k, d], possibly shared with other layers; candidates: integers [N, n]; logits: Parameter
     float32 [N, n], or None where n = 1 leaves nothing to choose; scale: Parameter [] or None where the codebook is the
-    layer's own; bias: Parameter [out] or None.
+    layer's own; bias: Parameter [out] or None. All float32, for small steps would be lost in fewer bits.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class CandidateLinear(nn.Module):
         self.register_buffer("chosen", None, persistent=False)  # [N, 1] once `settle` was called
         self.logits = nn.Parameter(candidates.logits) if candidates.indices.shape[1] > 1 else None
         self.scale = None if scale is None else nn.Parameter(scale.detach().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
     def weight(self) -> Tensor:
         """The soft reconstruction Ŵ, [out, in] (Eq. 7); differentiable in codebook, logits and scale."""

@@ -114,7 +114,7 @@ class _Steps:
             self.seconds = sorted(record.seconds for record in [*records[1:], last])[(PROBE_STEPS - 1) // 2]
             self.checkpoint = max(0.0, whole - last.seconds)
             self.state = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        self.optimizer = sum(t.numel() * t.element_size() for t in run.optimizers.state().values())
+        self.optimizer = sum(t.numel() * t.element_size() for one in run.optimizers() for t in one.state().values())
         inputs = Trajectory(probe, short).inputs()
         call = lambda: dit.forward(probe.transformer, inputs.x, inputs.timestep, inputs.labels)  # noqa: E731
         self.teacher = min(_timed(call, device)[0] for _ in range(2))

@@ -1,0 +1,83 @@
+"""The full-precision model while the student follows it: one forward, and what its blocks took and gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vqlib.calibrator.trajectory import Inputs
+from vqlib.models import dit
+from vqlib.models.pipeline import Pipeline
+from vqlib.quantizer.soft import soft_layers
+
+Visit = Callable[[int, tuple, dict, Tensor], object]
+
+
+@torch.no_grad()
+def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
+    """The full-precision model's output float32 [R, 2C, h, w] for a batch, without a graph, its blocks' hooks called.
+
+    Raises FloatingPointError where it is not finite.
+    """
+    dtype = next(pipe.transformer.parameters()).dtype
+    output = dit.forward(pipe.transformer, inputs.x.to(dtype), inputs.timestep, inputs.labels).float()
+    if not bool(output.isfinite().all()):
+        raise FloatingPointError(f"{pipe.name}: the full-precision model's output is not finite (NaN or infinity)")
+    return output
+
+
+@contextmanager
+def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
+    """Within the block `visit(index, args, kwargs, output)` is called after each of the transformer's blocks, in order.
+
+    Compiled models run as they were written meanwhile, for a compiler leaves hooks out. Raises RuntimeError on leaving
+    where one of the blocks was not seen, or seen more often than the others: nothing goes on over blocks that were missed.
+    """
+    blocks = dit.block_list(transformer)
+    seen = [0] * len(blocks)
+
+    def hook(index: int):
+        def call(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            seen[index] += 1
+            visit(index, args, kwargs, output)
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(hook(index), with_kwargs=True).remove)
+        yield
+    if min(seen) != max(seen) or not seen[0]:
+        raise RuntimeError(
+            f"{type(transformer).__name__}: its {len(blocks)} blocks were seen {seen} times; need each equally often"
+        )
+
+
+@contextmanager
+def outputs_of(transformer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block the outputs of the transformer's blocks are appended to the list, in order."""
+    outputs: list[Tensor] = []
+    with following(transformer, lambda index, args, kwargs, output: outputs.append(output)):
+        yield outputs
+
+
+def require_counterpart(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises ValueError where `student` was not made from a model like `teacher`, or lies on another device."""
+    layers, quantized = soft_layers(student), dit.quantizable(teacher)
+    for name in sorted(layers.keys() ^ quantized.keys()):
+        has, lacks = ("student", "full-precision model") if name in layers else ("full-precision model", "student")
+        if name in layers or not isinstance(student.get_submodule(name), nn.Linear):  # a layer left out is still there
+            raise ValueError(f"the {has} has a layer {name}, which the {lacks} lacks: they are not the same model")
+    for name, layer in layers.items():
+        teacher_shape, shape = tuple(quantized[name].weight.shape), (layer.out_features, layer.in_features)
+        if teacher_shape != shape:
+            raise ValueError(
+                f"{name} is {list(teacher_shape)} in the full-precision model, {list(shape)} in the student"
+            )
+    where = next(teacher.parameters()).device, next(student.parameters()).device
+    if where[0] != where[1]:
+        raise ValueError(f"the full-precision model is on {where[0]}, the student on {where[1]}: move one of them")
