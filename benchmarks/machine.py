@@ -2,6 +2,8 @@
 
 import argparse
 import platform
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,9 +51,18 @@ def add_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
     parser.add_argument("--save", metavar="NAME", help="also write results/NAME.md")
 
 
+def origin() -> str:
+    """The commit and the command that a result comes from; a tree with changes is told apart."""
+    here = Path(__file__).resolve().parents[1]
+    described = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(here)), *sys.argv[1:]])
+    return f"Commit {commit}: `{command}`"
+
+
 def report(title: str, rows: pd.DataFrame, notes: list[str], name: str | None = None) -> None:
     """Print a table with what was measured on what; with a name also write it to results/<name>.md."""
-    text = "\n".join([f"# {title}", "", *notes, "", markdown(rows, formats=None)])
+    text = "\n".join([f"# {title}", "", *notes, "", markdown(rows, formats=None), origin()]) + "\n"
     print(text)
     if name:
         write_bytes(RESULTS / f"{name}.md", text.encode())
