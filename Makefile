@@ -26,7 +26,7 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of the CUDA kernels
 	$(BIN)/ruff check vqlib tests benchmarks
 	$(BIN)/ruff format --check vqlib tests benchmarks
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
 kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)
 	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
@@ -40,7 +40,7 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
 
 notebooks: $(STAMP)  ## execute every notebook with small parameters
-	$(BIN)/python -m pytest tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebooks.py -n logical --maxprocesses 8
 
 tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 3 hours on two cores)
 	$(BIN)/python -m vqlib.studies.main_table

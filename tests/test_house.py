@@ -20,6 +20,7 @@ IMPORT_NAMES = {
     "torch-fidelity": "torch_fidelity",
     "py-rattler": "rattler",
     "pyyaml": "yaml",
+    "pillow": "PIL",
     "huggingface-hub": "huggingface_hub",
 }
 CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}

@@ -17,24 +17,16 @@ def test_the_table_of_contents_lists_exactly_the_notebooks():
     assert rows == [path.stem for path in NOTEBOOKS]
 
 
-WITH_VIEWS = [path for path in NOTEBOOKS if re.search(r"\bexplore\.\w+\(", path.read_text())]
-
-
 @pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_with_small_parameters_and_without_ipywidgets(path, tmp_path, monkeypatch):
-    hide_ipywidgets(tmp_path / "hidden", monkeypatch)
-    data = [output.get("data", {}) for output in execute(path, tmp_path, monkeypatch)]
-    assert any("image/png" in bundle for bundle in data)
-    assert not any("widget" in kind for bundle in data for kind in bundle)
-
-
-@pytest.mark.notebooks
-@pytest.mark.parametrize("path", WITH_VIEWS, ids=lambda path: path.stem)
-def test_a_notebook_with_views_shows_a_still_figure_before_each(path, tmp_path, monkeypatch):
+def test_notebook_runs_with_small_parameters_and_shows_figures_and_a_still_one_before_each_view(
+    path, tmp_path, monkeypatch
+):
     kinds = [tuple(output.data) for output in execute(path, tmp_path, monkeypatch) if "data" in output]
+    assert any("image/png" in kind for kind in kinds)
     views = [i for i, kind in enumerate(kinds) if "application/vnd.jupyter.widget-view+json" in kind]
-    assert views and all("image/png" in kinds[i - 1] for i in views)
+    assert all("image/png" in kinds[i - 1] for i in views)
+    assert bool(views) == bool(re.search(r"\bexplore\.\w+\(", path.read_text()))
 
 
 def execute(path, folder, monkeypatch):
@@ -48,13 +40,6 @@ def execute(path, folder, monkeypatch):
     papermill.execute_notebook(path, target, parameters, cwd=FOLDER, progress_bar=False, kernel_name="python3")
     cells = nbformat.read(target, as_version=4).cells
     return [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-def hide_ipywidgets(folder, monkeypatch):
-    """Kernels find no ipywidgets, as where it is not installed."""
-    folder.mkdir()
-    (folder / "ipywidgets.py").write_text("raise ImportError('hidden by a test')\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -207,3 +207,28 @@ def test_memory_does_not_grow_with_the_images(extractor, reference):
     assert large.features is None and small.pool.scatter.shape == large.pool.scatter.shape == (128, 128)
     assert large.pool.count == 800 and large.logits.shape == (800, 10)
     np.testing.assert_allclose(large.pool.mean, small.pool.mean, rtol=1e-5)  # batch sizes differ: last bits
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.zeros(140, 1, dtype=torch.int64), r"labels have shape \[140, 1\], expected \[N\]"),
+        (torch.eye(140, 10, dtype=torch.int64), r"labels have shape \[140, 10\]"),
+        (torch.zeros(140), "labels are torch.float32, expected integers"),
+        ([True] * 140, "labels are torch.bool, expected integers"),
+        (["shirt"] * 140, "labels of type list are no class numbers"),
+        ([-1] * 140, "labels run from -1 to -1"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused_before_an_image_is_read(extractor, reference, labels, message):
+    def never():
+        yield pytest.fail("read an image")
+
+    with pytest.raises(ValueError, match=message):
+        run(never(), reference, extractor, labels=labels)
+
+
+def test_labels_may_be_numpys_of_any_width(extractor, reference):
+    images = pictures(140)
+    labels = extractor(images).logits.argmax(1).numpy().astype("uint8")
+    assert run(images, reference, extractor, labels=labels).accuracy == 1.0

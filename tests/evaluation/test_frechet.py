@@ -12,7 +12,6 @@ from vqlib.evaluation.frechet import (
     bootstrap_interval,
     frechet_distance,
     frechet_from_statistics,
-    seed_interval,
 )
 
 
@@ -101,9 +100,3 @@ def test_bootstrap_interval_is_seeded_and_as_wide_as_new_samples_scatter():
     assert np.median(widths) / (2 * 1.96) == pytest.approx(np.std(distances), rel=0.35)
     with pytest.raises(ValueError, match="bootstrap=1 resamples"):
         bootstrap_interval(draws[0], real.mean, real.covariance, 1.0, 1)
-
-
-def test_seed_interval():
-    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
-    with pytest.raises(ValueError, match="at least 2 runs"):
-        seed_interval([1.0])

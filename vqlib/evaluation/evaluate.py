@@ -22,7 +22,6 @@ from vqlib.evaluation.frechet import (
     check_counts,
     frechet_distance,
     frechet_from_statistics,
-    seed_interval,
 )
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.evaluation.references import Reference, resolve
@@ -34,7 +33,6 @@ __all__ = [
     "frechet_from_statistics",
     "inception_score",
     "precision_recall",
-    "seed_interval",
 ]
 
 CACHE = DATA / "runs" / "cache"
@@ -130,14 +128,16 @@ def evaluate(
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
     start, report = time.monotonic(), print_progress if progress is True else progress or None
+    labels = None if labels is None else class_labels(labels)
     total = _agreed_count(count_images(images), count, None if labels is None else len(labels))
     device = device or (images.device if isinstance(images, Tensor) else "cpu")
     reference, extractor = resolve(reference, extractor, precision_recall, cache, report, device)
     dimensions = extractor.kind.dimensions
+    _require_known(labels, extractor)
     if total is not None:
         check_counts(total, reference.count, dimensions, allow_few)
     keep = (precision_recall and reference.features is not None) or bootstrap > 0
-    found = _gather(extractor.stream(_of_size(images, reference), cache, report, total), keep)
+    found = _gather(extractor.stream(_of_size(images, reference, labels is not None), cache, report, total), keep)
     n = _agreed_count(found.pool.count, count, None if labels is None else len(labels))
     check_counts(n, reference.count, dimensions, allow_few)
     fd = frechet_from_statistics(found.pool.mean, found.pool.covariance, reference.mean, reference.covariance)
@@ -220,8 +220,8 @@ def _gather(stream: Iterator[Features], keep: bool) -> _Gathered:
     return _Gathered(pool, spatial, torch.cat(logits), torch.cat(kept) if keep else None)
 
 
-def _of_size(images, reference: Reference) -> Iterator[Tensor]:
-    for block in image_blocks(images):
+def _of_size(images, reference: Reference, ordered: bool) -> Iterator[Tensor]:
+    for block in image_blocks(images, ordered=ordered):
         size = tuple(block.shape[2:])
         if reference.size is not None and size != reference.size:
             raise ValueError(
@@ -247,14 +247,32 @@ def _sfid(spatial: FeatureStatistics, reference: Reference, allow_few: bool) -> 
     return frechet_from_statistics(spatial.mean, spatial.covariance, *real)
 
 
-def _accuracy(logits: Tensor, labels, extractor: Extractor) -> float | None:
+def class_labels(labels) -> Tensor:
+    """Class labels as int64 [N]. Raises ValueError on another shape (one-hot, [N, 1]) or what is no integer."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels of type {type(labels).__name__} are no class numbers ({error})") from None
+    if found.ndim != 1:
+        raise ValueError(f"labels have shape {list(found.shape)}, expected [N]: one class number an image")
+    if len(found) and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        raise ValueError(f"labels are {found.dtype}, expected integers: one class number an image")
+    return found.long().cpu()
+
+
+def _require_known(labels: Tensor | None, extractor: Extractor) -> None:
+    """Labels an extractor that knows classes has never heard of are refused before images are read."""
     classes = extractor.kind.classes
-    if labels is None or classes is None:
-        return None
-    labels = torch.as_tensor(labels).long().cpu()
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if labels is None or classes is None or not len(labels):
+        return
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}; extractor {extractor.name!r} "
             f"knows the classes 0 … {classes - 1}"
         )
+
+
+def _accuracy(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> float | None:
+    if labels is None or extractor.kind.classes is None:
+        return None
     return float((logits.argmax(dim=1) == labels).double().mean())

@@ -6,7 +6,6 @@ take the mean in float32 and need all features at once, so those are gathered he
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,11 +122,3 @@ def bootstrap_interval(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (distance + torch.quantile(replicates, tails) - replicates.mean()).tolist()
     return max(0.0, low), high
-
-
-def seed_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, standard error) of one metric over runs that differ in their seeds only."""
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} value: an interval over seeds needs at least 2 runs")
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values)))

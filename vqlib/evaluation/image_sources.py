@@ -14,30 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqlib.evaluation.image_folder import folder_batches, image_files
+
 BLOCK = 500  # images; also the unit of the feature cache
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 
 
 def count_images(source) -> int | None:
     """Number of images, where it can be known without reading them; None for iterators."""
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        return len(_image_files(path)) if path.is_dir() else _npz_header(path)[0][0]
+        path = Path(source).expanduser()
+        return len(image_files(path)) if path.is_dir() else _npz_header(path)[0][0]
     if _is_batches(source):
         return sum(len(batch) for batch in source)
     return len(source) if hasattr(source, "__getitem__") and hasattr(source, "__len__") else None
 
 
-def image_blocks(source, block: int = BLOCK) -> Iterator[Tensor]:
+def image_blocks(source, block: int = BLOCK, ordered: bool = False) -> Iterator[Tensor]:
     """Blocks of exactly `block` images (the last may be smaller), uint8 [B, C, H, W] with C = 1 or 3, all of one size.
 
     `source`: uint8 tensor [N, C, H, W] · NumPy array [N, H, W, C] · map-style Dataset of uint8 [C, H, W] (of a tuple,
     the first part) · iterable of uint8 batches, for example a sampler · folder of images · `.npz` with `arr_0`, as ADM.
-    Raises ValueError for floats, NaN, another shape, mixed sizes, or no images.
+    `ordered`: labels belong to the images, so a folder's order must not be ambiguous. Raises ValueError for floats, NaN, another shape, mixed sizes, or no images.
     """
     waiting: list[Tensor] = []
     shape, held, seen = None, 0, 0
-    for batch in _batches(source, block):
+    for batch in _batches(source, block, ordered):
         batch = _checked(batch, shape, seen)
         shape = batch.shape[1:]
         waiting.append(batch)
@@ -64,10 +65,10 @@ def fit_channels(images: Tensor, channels: int) -> Tensor:
     return images[:, :1].contiguous()  # [B, 3, H, W] -> [B, 1, H, W]
 
 
-def _batches(source, block: int) -> Iterator:
+def _batches(source, block: int, ordered: bool) -> Iterator:
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        yield from _folder_batches(path, block) if path.is_dir() else _npz_batches(path, block)
+        path = Path(source).expanduser()
+        yield from folder_batches(path, block, ordered) if path.is_dir() else _npz_batches(path, block)
     elif isinstance(source, (Tensor, np.ndarray)):
         if source.ndim != 4:
             raise ValueError(f"images have shape {tuple(source.shape)}, expected [N, C, H, W] (NumPy: [N, H, W, C])")
@@ -112,24 +113,6 @@ def _checked(batch, shape: torch.Size | None, seen: int) -> Tensor:
         raise ValueError(f"{where} are {tuple(batch.shape[1:])}, the images before are {tuple(shape)}")
     # A fresh copy, not .contiguous(): one channel hides a channels-last order, which changes a convolution's last bits.
     return batch.clone(memory_format=torch.contiguous_format)
-
-
-def _image_files(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.rglob("*") if path.suffix[1:].lower() in SUFFIXES)
-
-
-def _folder_batches(folder: Path, block: int) -> Iterator[Tensor]:
-    from torch_fidelity.datasets import ImagesPathDataset
-
-    files = _image_files(folder)
-    dataset = ImagesPathDataset(files)  # RGB
-    for start in range(0, len(files), block):
-        images = [dataset[i] for i in range(start, min(start + block, len(files)))]
-        odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
-        if odd is not None:
-            size, first = tuple(images[odd].shape), tuple(images[0].shape)
-            raise ValueError(f"{files[start + odd]} is {size}, the images before are {first}")
-        yield torch.stack(images)
 
 
 def _npz_header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
