@@ -1,6 +1,9 @@
+import json
+
+import numpy as np
 import pytest
 
-from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, VQConfig, recipe, recipe_vq
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
 
 
 @pytest.mark.parametrize("bits, k, d", [(2, 256, 4), (3, 64, 2), (4, 256, 2)])
@@ -29,12 +32,12 @@ def test_impossible_geometry_is_refused_with_the_numbers(settings, message):
 
 
 def test_every_recipe_survives_a_round_trip_through_a_dict():
-    for settings in RECIPES.values():
-        assert CalibrationConfig.from_dict(settings.to_dict()) == settings
+    for chosen in RECIPES.values():
+        assert CalibrationConfig.from_dict(json.loads(json.dumps(chosen.calibration.to_dict()))) == chosen.calibration
+        assert VQConfig.from_dict(chosen.vq.to_dict()) == chosen.vq
 
 
 def test_every_recipe_has_its_candidates_and_start_at_any_bits():
-    assert set(RECIPES) == set(RECIPE_VQ)
     assert recipe_vq("best", 3) == VQConfig(bits=3, candidates=2, ratio_start="leading", assignment="error-feedback")
     assert recipe_vq("paper", candidates=5) == VQConfig(bits=2, candidates=5)
     with pytest.raises(ValueError, match="recipe 'papr' is not one of"):
@@ -42,12 +45,12 @@ def test_every_recipe_has_its_candidates_and_start_at_any_bits():
 
 
 def test_the_paper_weighs_the_squared_norm_and_the_release_the_mean():
-    assert {name: settings.block_loss for name, settings in RECIPES.items()} == {
+    assert {name: chosen.calibration.block_loss for name, chosen in RECIPES.items()} == {
         "paper": "sum",
         "release": "mean",
         "best": "sum",
     }
-    assert RECIPES["paper"] == CalibrationConfig()
+    assert RECIPES["paper"].calibration == CalibrationConfig()
     with pytest.raises(ValueError, match=r"block_loss='norm' is not one of \('mean', 'sum'\)"):
         CalibrationConfig(block_loss="norm")
 
@@ -61,8 +64,49 @@ def test_unknown_names_are_refused():
         CalibrationConfig(loss_at="output")
 
 
-def test_a_setting_added_later_leaves_names_of_what_was_made_before_it_as_they_are():
-    assert "products" not in CalibrationConfig().to_dict() and "lr_ratios" in CalibrationConfig().to_dict()
-    changed = CalibrationConfig(products="bfloat16")
-    assert changed.to_dict()["products"] == "bfloat16" and CalibrationConfig.from_dict(changed.to_dict()) == changed
-    assert CalibrationConfig.from_dict(CalibrationConfig().to_dict()) == CalibrationConfig()
+def test_a_recipe_is_laid_over_the_sizes_of_another_study():
+    best = RECIPES["best"]
+    codes = best.codes(VQConfig(k=16, d=2, codebook_scope="model"), candidates=4)
+    expected = {"k": 16, "d": 2, "codebook_scope": "model", "assignment": "error-feedback", "ratio_start": "leading"}
+    assert codes == VQConfig(**expected, candidates=4)
+    run = best.run(CalibrationConfig(iterations=7, batch_size=3, steps=9, lr_codebooks=1.0))
+    assert (run.iterations, run.batch_size, run.steps, run.lr_codebooks) == (7, 3, 9, 3e-4)
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons():
+    given = CalibrationConfig(
+        iterations=np.int64(2), lr_ratios=np.float32(0.5), train_biases=np.bool_(False), lambda_r=1
+    )
+    assert given == CalibrationConfig(iterations=2, lr_ratios=0.5, train_biases=False, lambda_r=1.0)
+    assert {type(value) for value in given.to_dict().values()} == {int, float, bool, str}
+    assert json.loads(json.dumps(given.to_dict())) == given.to_dict()
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("iterations", "500", "iterations='500' is not an integer"),
+        ("iterations", 2.5, "iterations=2.5 is not an integer"),
+        ("iterations", True, "iterations=True is not an integer"),
+        ("iterations", None, "iterations=None is not an integer"),
+        ("lr_ratios", float("nan"), "lr_ratios=nan is not a finite number"),
+        ("lr_ratios", float("inf"), "lr_ratios=inf is not a finite number"),
+        ("lr_ratios", "0.05", "lr_ratios='0.05' is not a finite number"),
+        ("train_biases", 1, "train_biases=1 is neither True nor False"),
+        ("optimizer", 3, "optimizer=3 is not a word"),
+        ("seed", -1, "seed=-1 is outside 0"),
+        ("seed", 2**32, "seed=4294967296 is outside 0"),
+        ("iterations", 0, "iterations=0 must be positive"),
+        ("checkpoint_every", -5, "checkpoint_every=-5"),
+        ("smoothing", 1.5, "smoothing=1.5"),
+        ("lambda_r", -1.0, "lambda_r=-1.0"),
+    ],
+)
+def test_what_a_setting_cannot_be_is_said_with_its_name(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationConfig(**{setting: value})
+
+
+def test_guidance_is_on_but_for_a_scale_of_one():
+    assert [SamplingConfig(guidance_scale=g).guided for g in (0.5, 1.0, 1.5)] == [True, False, True]
+    assert not CalibrationConfig(guidance_scale=1).guided

@@ -93,7 +93,7 @@ class Row:
 def test_a_recipe_changes_the_settings_it_is_made_of():
     options = shell._parser().parse_args(["calibrate", "--preset", "dit-xl-2-256-w3", "--recipe", "release"])
     job = shell._job(options)
-    assert job.calibration == RECIPES["release"].replace(checkpoint_every=50)
+    assert job.calibration == RECIPES["release"].calibration.replace(checkpoint_every=50)
     assert (job.vq.bits, job.vq.candidates, job.vq.ratio_start) == (3, 2, "distance")
     assert options.out.name == "dit-xl-2-256-w3"
     for bits in (2, 3):

@@ -13,6 +13,7 @@ Everything goes to --out, by default data/runs/<preset>. Another setting: --set 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import threading
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
-from vqlib.config import RECIPE_VQ, RECIPES, recipe
+from vqlib.config import RECIPES
 from vqlib.figures.tables import markdown, save_table
 from vqlib.models import pipeline
 from vqlib.models.sampling import sample
@@ -147,13 +148,12 @@ def _job(options: argparse.Namespace) -> Preset:
     """The preset with the recipe and settings of the command line."""
     options.out = options.out or pipeline.DATA / "runs" / options.preset
     settings = dict(_setting(text) for text in options.set)
+    job = preset(options.preset)
     if options.recipe != "paper":
-        vq, start = RECIPE_VQ[options.recipe], preset(options.preset).calibration
-        codes = {f"vq.{name}": getattr(vq, name) for name in ("candidates", "ratio_start", "assignment")}
-        changed = recipe(options.recipe, checkpoint_every=start.checkpoint_every)
-        own = {f"calibration.{name}": value for name, value in changed.to_dict().items()}
-        settings = own | codes | settings
-    return preset(options.preset).with_settings(settings)
+        chosen = RECIPES[options.recipe]
+        run = chosen.calibration.replace(checkpoint_every=job.calibration.checkpoint_every)
+        job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=run)
+    return job.with_settings(settings)
 
 
 def _setting(text: str) -> tuple[str, object]:

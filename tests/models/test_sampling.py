@@ -5,7 +5,9 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny
 import torch
 
 import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
@@ -322,3 +324,49 @@ def test_peak_memory_counts_bytes():
     block = torch.ones(16 * 1024 * 1024)  # 64 MiB, touched
     assert peak_memory() > block.numel() * block.element_size()
     assert peak_memory() < 2**40
+
+
+@pytest.mark.parametrize(
+    "labels, seeds, message",
+    [
+        ([0], [0.2], "seed of image 0=0.2 is not an integer"),
+        ([0, 1], [0, "1"], "seed of image 1='1' is not an integer"),
+        ([0], [True], "seed of image 0=True is not an integer"),
+        ([0], [2**32], "seed of image 0=4294967296 is outside 0"),
+        ([0], [-1], "seed of image 0=-1 is outside 0"),
+        ([1.5], [0], "class label of image 0=1.5 is not an integer"),
+    ],
+)
+def test_seeds_and_labels_that_are_no_integers_are_refused_by_name(labels, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny.pipeline(), labels, seeds, steps=2)
+
+
+def test_numpys_and_torchs_integers_are_seeds_like_pythons():
+    pipe = tiny.pipeline()
+    plain = sample(pipe, [0, 1], [3, 2**32 - 1], steps=2)
+    assert torch.equal(sample(pipe, np.array([0, 1]), torch.tensor([3, 2**32 - 1]), steps=2), plain)
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_latents_that_are_not_finite_stop_with_step_class_and_seed():
+    pipe = tiny.pipeline()
+    forward, calls = pipe.transformer.forward, []
+
+    def broken(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            output.sample[1] = torch.nan
+        return output
+
+    pipe.transformer.forward = broken
+    with pytest.raises(FloatingPointError, match="latents after step 2 of 3 are not finite .*: class 7, seed 9"):
+        sample(pipe, [4, 7], [8, 9], steps=3, guidance_scale=1.0)
+
+
+def test_images_that_are_not_finite_stop_with_class_and_seed():
+    pipe = tiny.pipeline()
+    pipe.vae.decoder.conv_out.bias.data[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="decoded images are not finite .*: class 2, seed 5"):
+        sample(pipe, [2], [5], steps=1)

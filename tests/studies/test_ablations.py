@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tiny
 
-from vqlib.config import RECIPE_VQ, RECIPES, CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.studies import ablations
 from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings
 from vqlib.studies.ablations import Ablation
@@ -60,8 +60,8 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         assert {s.calibration.iterations for n, s in found.items() if s.calibration and "steps" not in n} == {7}
         released, best = found["release, n = 2"], found["best, n = 2"]
         assert (released.vq.candidates, released.vq.ratio_start) == (2, "distance")
-        assert best.calibration == RECIPES["best"].replace(iterations=7)
-        assert best.vq == RECIPE_VQ["best"].replace(codebook_scope=scope)
+        assert best.calibration == RECIPES["best"].calibration.replace(iterations=7)
+        assert best.vq == RECIPES["best"].vq.replace(codebook_scope=scope)
     best = by_group["a codebook per layer"]["best, n = 2"]
     shape = {"codebook_scope", "candidates"}
     pieces = {

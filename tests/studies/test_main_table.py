@@ -1,12 +1,13 @@
 """The main table: its rows, made once, by several processes, resumed, and read back in order."""
 
+import dataclasses
 import json
 
 import pytest
 import tiny
 from filelock import FileLock
 
-from vqlib.config import RECIPE_VQ
+from vqlib.config import RECIPES
 from vqlib.studies import bench, main_table
 from vqlib.studies.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
 
@@ -68,7 +69,8 @@ def test_every_row_is_made_once(tmp_path, monkeypatch):
         "k-means",
         "full precision",
     ]  # what calibration does not touch
-    monkeypatch.setitem(RECIPE_VQ, "best", RECIPE_VQ["best"].replace(candidates=3))
+    changed = dataclasses.replace(RECIPES["best"], vq=RECIPES["best"].vq.replace(candidates=3))
+    monkeypatch.setitem(RECIPES, "best", changed)
     assert read_table(Bench(SMALL, tmp_path, pipe))["method"].tolist() == [
         "full precision",
         "GPTQ",

@@ -48,15 +48,11 @@ class Trajectory:
         if config.inputs == "noise":
             self.step = torch.randint(config.steps, (batch,), generator=generator)
 
-    @property
-    def guided(self) -> bool:
-        return self.config.guidance_scale != 1.0
-
     def inputs(self) -> Inputs:
         """The current batch, with its unconditional half behind it when guidance is on."""
         timestep = self.schedule.timesteps[self.step]
         labels, x = self.labels, self.x
-        if self.guided:
+        if self.config.guided:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
         return Inputs(x, timestep.to(self.device), labels.to(self.device))
@@ -72,7 +68,7 @@ class Trajectory:
             self.x, self.labels = fresh, new_labels
             self.step = torch.randint(self.config.steps, self.step.shape, generator=generator)
             return
-        if self.guided:
+        if self.config.guided:
             output = guide(output, self.config.guidance_scale, min(GUIDED_CHANNELS, self.shape[0]))
         mean, log_variance = self.posterior.predict(output, self.x, self.step)
         done = self.step == 0

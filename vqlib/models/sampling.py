@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vqlib.config import SamplingConfig
+from vqlib.config import SamplingConfig, as_integer, as_seed
 from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
 from vqlib.models.pipeline import Pipeline
 from vqlib.system.memory import keep_freed_memory
@@ -64,13 +64,15 @@ def sample_batches(
     An image depends on its own label and seed only; to go on after n images, pass `class_labels[n:]` and `seeds[n:]`.
     `steps` and `guidance_scale` override the config. `preview(done, latents)` is called after each DDPM step with the
     number of steps done and x [b, C, h, w]; if it returns False, SamplingCancelled is raised.
-    Raises ValueError, before anything is computed, on a label outside the classes, on counts that differ, on more steps
+    Raises FloatingPointError where latents or images are not finite, and ValueError, before anything is computed, on a seed
+    that is no integer of 32 bits, on a label outside the classes, on counts that differ, on more steps
     than the model was trained with, on more guided channels than it has, and on a transformer in training mode.
     """
     config = config or SamplingConfig()
     changes = {"steps": steps, "guidance_scale": guidance_scale}
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
-    labels, seeds = [int(label) for label in class_labels], [int(seed) for seed in seeds]
+    labels = [as_integer(f"class label of image {i}", label) for i, label in enumerate(class_labels)]
+    seeds = [as_seed(f"seed of image {i}", seed) for i, seed in enumerate(seeds)]
     _check(pipe, labels, seeds, config)
     sampler = _Sampler(pipe, config)
     return _batches(sampler, labels, seeds, progress, preview)
@@ -107,7 +109,15 @@ class _Sampler:
             x = mean  # the last step adds no noise
             if index > 0:
                 x = x + (0.5 * log_variance).exp() * self.noise(generators)
+            self.require_finite(x[:count], f"latents after step {done} of {self.config.steps}", labels, seeds)
             yield done, x[:count]
+
+    @staticmethod
+    def require_finite(values: Tensor, what: str, labels: list[int], seeds: list[int]) -> None:
+        """Raises FloatingPointError naming the first image whose `values` [b, …] are not finite."""
+        if not bool(values.isfinite().all()):
+            bad = int((~values.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+            raise FloatingPointError(f"{what} are not finite (NaN or infinity): class {labels[bad]}, seed {seeds[bad]}")
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """N(0, 1) of shape [B, C, h, w], drawn on the CPU so that a seed means the same image on every device."""
@@ -116,7 +126,7 @@ class _Sampler:
 
     def output(self, x: Tensor, label: Tensor, index: int) -> Tensor:
         """The model's (guided) ε and v at schedule step `index`, float32 [B, 2C, h, w]; one forward of B or 2B."""
-        guided = self.config.guidance_scale != 1.0
+        guided = self.config.guided
         if guided:
             x = torch.cat([x, x])  # [B, C, h, w] -> [2B, C, h, w]
             label = torch.cat([label, torch.full_like(label, self.pipe.null_class)])  # [B] -> [2B]
@@ -124,12 +134,15 @@ class _Sampler:
         output = self.pipe.transformer(x.to(self.dtype), timestep=timestep, class_labels=label).sample.float()
         return guide(output, self.config.guidance_scale, self.config.guidance_channels) if guided else output
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, labels: list[int], seeds: list[int]) -> Tensor:
         """Latents [b, C, h, w] to uint8 images [b, C', H, W] on the CPU."""
-        images = []
+        images, done = [], 0
         for part in latents.split(DECODED_AT_ONCE):
             filled = torch.cat([part, part[-1:].expand(DECODED_AT_ONCE - len(part), *part.shape[1:])])
-            images.append(to_uint8(self.pipe.decode(filled))[: len(part)].cpu())
+            decoded = self.pipe.decode(filled)[: len(part)]
+            self.require_finite(decoded, "decoded images", labels[done:], seeds[done:])
+            images.append(to_uint8(decoded).cpu())
+            done += len(part)
         return torch.cat(images)
 
 
@@ -147,7 +160,7 @@ def _batches(
                         message = f"cancelled at step {done} of {steps}, after {first} of {len(labels)} images"
                         raise SamplingCancelled(message)
                     advance(len(x))
-                images = sampler.decode(x)
+                images = sampler.decode(x, labels[chosen], seeds[chosen])
             yield images.clone()  # outside inference mode, so an ordinary tensor
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqlib.config import VQConfig
+from vqlib.config import VQConfig, as_seed
 from vqlib.models import dit
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import cached_codebook, fit_codebook
@@ -34,7 +34,7 @@ def quantize(
     whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, and a model that has no
     linear in its blocks or holds quantized layers already, before any work is done.
     """
-    layers = _unquantized(transformer)
+    layers, seed = _unquantized(transformer), as_seed("seed", seed)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     for name, layer in layers.items():
         split(layer.weight, config.d, name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vqlib.config import RATIO_STARTS, RECIPE_VQ, RECIPES, CalibrationConfig, VQConfig
+from vqlib.config import RATIO_STARTS, RECIPES, CalibrationConfig, VQConfig
 
 SCOPES = {"layer": "a codebook per layer", "model": "one codebook for all layers"}
+BEST = RECIPES["best"]
 K_D_AT_2_BITS = ((4, 1), (16, 2), (64, 3), (256, 4))
 
 
@@ -32,37 +33,36 @@ def standard_settings(vq: VQConfig | None = None, base: CalibrationConfig | None
 
 
 def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
-    common = {name: getattr(base, name) for name in ("iterations", "steps", "checkpoint_every")}
-    release, chosen = RECIPES["release"].replace(**common), RECIPE_VQ["release"]
+    release = RECIPES["release"]
     for scope, group in SCOPES.items():
         scoped = vq.replace(codebook_scope=scope)
         yield Setting(group, "k-means", scoped.replace(candidates=1), None)
         for n in (1, 2, 3, 4):
             yield Setting(group, f"paper, n = {n}", scoped.replace(candidates=n), base)
-        started = scoped.replace(candidates=chosen.candidates, ratio_start=chosen.ratio_start)
-        yield Setting(group, "release, n = 2", started, release)
+        run = release.run(base, batch_size=release.calibration.batch_size)
+        yield Setting(group, "release, n = 2", release.codes(scoped), run)
         for n in (1, 2):
-            yield Setting(group, f"best, n = {n}", _best_vq(scoped, candidates=n), _best(base))
+            yield Setting(group, f"best, n = {n}", BEST.codes(scoped, candidates=n), BEST.run(base))
     longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes
-    alone = _best_vq(vq, candidates=1)
-    yield Setting(SCOPES["layer"], f"best, n = 1, {longer} steps", alone, _best(base, iterations=longer))
+    alone = BEST.codes(vq, candidates=1)
+    yield Setting(SCOPES["layer"], f"best, n = 1, {longer} steps", alone, BEST.run(base, iterations=longer))
 
 
 def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     for n in (1, 2):
-        nearest = _best_vq(vq, candidates=n, assignment="nearest", ratio_start="least-squares")
-        yield Setting("best: assignments", f"nearest, n = {n}", nearest, _best(base))
+        nearest = BEST.codes(vq, candidates=n, assignment="nearest", ratio_start="least-squares")
+        yield Setting("best: assignments", f"nearest, n = {n}", nearest, BEST.run(base))
     for n in (1, 2):
-        yield Setting("best: assignments", f"feedback, n = {n}", _best_vq(vq, candidates=n), _best(base))
+        yield Setting("best: assignments", f"feedback, n = {n}", BEST.codes(vq, candidates=n), BEST.run(base))
     for start in RATIO_STARTS:
-        yield Setting("best: ratio start", start, _best_vq(vq, ratio_start=start), _best(base))
+        yield Setting("best: ratio start", start, BEST.codes(vq, ratio_start=start), BEST.run(base))
     hardening = {
         "by timetable": {},
         "Eq. 9, threshold": {"ratio_loss_when": "always", "freeze_rule": "threshold"},
         "timetable, Eq. 9": {"ratio_loss_when": "always"},
     }
     for name, changes in hardening.items():
-        yield Setting("best: hardening", name, _best_vq(vq), _best(base, **changes))
+        yield Setting("best: hardening", name, BEST.codes(vq), BEST.run(base, **changes))
 
 
 def _pieces_of_paper(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
@@ -107,14 +107,3 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     }
     for name, changes in trained.items():
         yield Setting("trained at n = 1, one codebook", name, alone, base.replace(**changes))
-
-
-def _best(base: CalibrationConfig, **changes) -> CalibrationConfig:
-    """Recipe `best` with the size of `base`."""
-    sizes = {name: getattr(base, name) for name in ("iterations", "steps", "batch_size", "checkpoint_every")}
-    return RECIPES["best"].replace(**(sizes | changes))
-
-
-def _best_vq(vq: VQConfig, **changes) -> VQConfig:
-    chosen = {name: getattr(RECIPE_VQ["best"], name) for name in ("candidates", "ratio_start", "assignment")}
-    return vq.replace(**(chosen | changes))

@@ -162,7 +162,7 @@ def _inputs(probe: Pipeline, rows: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _sampling(packed: Pipeline, job: Preset, device: torch.device) -> float:
     """Seconds of the probe's blocks in all forward passes of sampling, from one of as many rows as affordable."""
-    guided = 2 if job.sampling.guidance_scale != 1.0 else 1
+    guided = 2 if job.sampling.guided else 1
     rows = guided * min(job.sampling.batch_size, job.images)
     affordable = PROBE_FLOPS.get(device.type, 3e11) / Geometry.of(packed.transformer.config).flops()
     tried = min(rows, max(4, int(affordable)))
@@ -196,7 +196,7 @@ def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run:
     depth, config = geometry.depth, job.calibration
     rest = 4 * (geometry.parameters_in_memory - depth * (geometry.block_weights + geometry.block_biases))
     row = 4 * geometry.tokens * geometry.hidden
-    rows = config.batch_size * (2 if config.guidance_scale != 1.0 else 1)
+    rows = config.batch_size * (2 if config.guided else 1)
     graphs = depth if config.block_inputs == "end-to-end" else 1
     graph = graphs * (IN_GRAPH * rows * row + layers + 3 * 4 * geometry.block_weights)
     on_cpu = soft[0].candidates.device.type == "cpu"
