@@ -134,3 +134,19 @@ def test_a_vae_that_cannot_be_fetched_is_named_with_the_way_out(file):
 def test_the_vae_may_be_a_folder_of_its_own(file, pipeline_folder):
     pipe = vqlib.load(file(state_dict(transformer())), vae=pipeline_folder / "vae")
     assert pipe.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda w: {f"module.{key}": value for key, value in w.items()},
+        lambda w: {f"_orig_mod.module.{key}": value for key, value in w.items()},
+        lambda w: {"state_dict": w},
+        lambda w: {"state_dict": {f"model.{key}": value for key, value in w.items()}, "epoch": 3},
+        lambda w: {"model": {key: value * 2 for key, value in w.items()}, "ema": w, "opt": {}},
+    ],
+)
+def test_the_usual_prefixes_and_nests_are_taken_off(file, wrapped):
+    plain = original.read_transformer(file(state_dict(transformer()))).state_dict()
+    found = original.read_transformer(file(wrapped(state_dict(transformer())))).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())

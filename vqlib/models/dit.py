@@ -7,9 +7,18 @@ from torch import Tensor, nn
 from vqlib.kernels.products import DenseLinear
 
 
+def unwrapped(transformer: nn.Module) -> nn.Module:
+    """The model inside of wrappers that forward to it: `torch.compile`'s, data parallel's."""
+    while True:
+        inner = getattr(transformer, "_orig_mod", None) or getattr(transformer, "module", None)
+        if not isinstance(inner, nn.Module):
+            return transformer
+        transformer = inner
+
+
 def block_list(transformer: nn.Module) -> list[nn.Module]:
     """The transformer's blocks in forward order: the members of its module lists that hold linears."""
-    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in unwrapped(transformer).children() if isinstance(child, nn.ModuleList)]
     return [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
 
 
@@ -18,7 +27,7 @@ def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:
 
     DiT's timestep and label embedders, which diffusers keeps as a copy in every block (`norm1.emb`), are left out.
     """
-    names = {module: name for name, module in transformer.named_modules()}
+    names = {module: name for name, module in unwrapped(transformer).named_modules()}
     found = {}
     for block in block_list(transformer):
         prefix = names[block]

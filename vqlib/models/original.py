@@ -1,6 +1,7 @@
 """The original DiT's weights (`DiT-XL-2-256x256.pt`) as a diffusers transformer: names, fused q, k, v, embedders.
 
-The file is a state dict, or a training checkpoint whose `ema` (else `model`) is one; it is read with `weights_only=True`.
+The file is a state dict, or a training checkpoint whose `ema` (else `state_dict`, `model`) is one, under any of the usual
+prefixes; it is read with `weights_only=True`.
 The result computes what diffusers computes from the same weights. That is not exactly the original's function:
 diffusers' DiT spaces its timestep frequencies by 127 where the original has 128, and its second LayerNorm adds 1e-5
 where the original has 1e-6.
@@ -23,6 +24,8 @@ from torch import Tensor
 # hidden size -> (length of one attention head, blocks) of the published models: S, B, L, XL
 PUBLISHED = {384: (64, 12), 768: (64, 12), 1024: (64, 24), 1152: (72, 28)}
 HEAD = 64  # of any other hidden size
+NESTS = ("ema", "state_dict", "model")  # under which a checkpoint holds its weights; `ema` first, as DiT samples with
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of every key: data parallel, torch.compile, a trainer's attribute
 BLOCK = {
     "adaLN_modulation.1": ("norm1.linear",),
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -90,12 +93,15 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever torch stumbles over, the file is at fault
         raise ValueError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from None
-    for name in ("ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in NESTS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
             break
+        content = inner
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict of tensors")
+    while content and (prefix := next((p for p in PREFIXES if all(str(key).startswith(p) for key in content)), "")):
+        content = {key[len(prefix) :]: value for key, value in content.items()}
     return content
 
 

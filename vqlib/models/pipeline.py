@@ -58,17 +58,45 @@ class Pipeline:
         return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
 
-def load(name: str | Path = BUNDLED, vae: str | Path = ORIGINAL_VAE) -> Pipeline:
+def load(
+    name: str | Path = BUNDLED,
+    vae: str | Path = ORIGINAL_VAE,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pipeline:
     """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, a hub id such as `facebook/DiT-XL-2-256`, or
     the original `DiT-XL-2-256x256.pt`, whose VAE is then the folder or hub id `vae`.
 
-    Weights are widened to float32. Raises FileNotFoundError naming what was looked for where a folder is incomplete,
-    ValueError naming the first wrong key of a `.pt` file.
+    `device`: "cpu", "cuda:1", … or "auto", the GPU where there is one. Weights are widened to float32 unless `dtype` says
+    otherwise; a folder that holds only the fp16 variant serves. Raises FileNotFoundError naming what was looked for where a
+    folder is incomplete, ValueError naming the first wrong key of a `.pt` file, a setting of the folder's that is not
+    supported, or a device that is not here.
     """
+    device = device_of(device)
     if str(name).endswith(".pt"):
-        return _load_original(Path(name), vae)
+        pipe = _load_original(Path(name).expanduser(), vae)
+    else:
+        pipe = _load_folder(name)
+    return replace(pipe, transformer=pipe.transformer.to(dtype)).to(device)
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one. ValueError where it is not here."""
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is no device; known are auto, cpu and cuda") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r} is not here: there are {count} CUDA devices")
+    return device
+
+
+def _load_folder(name: str | Path) -> Pipeline:
     bundled = DATA / str(name)
-    folder = bundled if bundled.is_dir() else Path(name)
+    folder = bundled if bundled.is_dir() else Path(name).expanduser()
     source = str(folder) if folder.is_dir() else str(name)
     if folder.is_dir():
         _require_complete(folder)
@@ -76,15 +104,28 @@ def load(name: str | Path = BUNDLED, vae: str | Path = ORIGINAL_VAE) -> Pipeline
         raise FileNotFoundError(
             f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'"
         )
-    transformer = DiTTransformer2DModel.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
+    require_supported(source, _read_json(source, "transformer/config.json"))
+    schedule = _schedule(source)
+    transformer = DiTTransformer2DModel.from_pretrained(
+        source, subfolder="transformer", **_weights(folder / "transformer")
+    )
+    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **_weights(folder / "vae"))
+    _require_classes(source, transformer)
     return Pipeline(
         name=str(name),
         transformer=with_fast_products(transformer.eval().requires_grad_(False)),
         vae=vae.eval().requires_grad_(False),
-        schedule=_schedule(source),
+        schedule=schedule,
         class_names=_class_names(source, transformer.config.num_embeds_ada_norm),
     )
+
+
+def _weights(folder: Path) -> dict:
+    """How diffusers is to read a part's weights: widened, and by the fp16 variant where it is the only one."""
+    options = {"torch_dtype": torch.float32}
+    files = {path.name for path in folder.glob("diffusion_pytorch_model*")} if folder.is_dir() else set()
+    plain = any(".fp16." not in name for name in files)
+    return options if plain or not files else options | {"variant": "fp16"}
 
 
 def _load_original(path: Path, vae: str | Path) -> Pipeline:
@@ -119,13 +160,61 @@ def _read_json(source: str, part: str) -> dict:
     return json.loads(path.read_text())
 
 
+def require_supported(source: str, config: dict) -> None:
+    """Raises ValueError, naming the setting, where a transformer's config.json asks for what is not supported here."""
+    if config.get("_class_name", "DiTTransformer2DModel") != "DiTTransformer2DModel":
+        raise ValueError(
+            f"{source}: the transformer is a {config['_class_name']}; only DiTTransformer2DModel can be loaded"
+        )
+    channels, out = config.get("in_channels", 4), config.get("out_channels")
+    if out != 2 * channels:
+        raise ValueError(
+            f"{source}: out_channels {out} for in_channels {channels}; a learned variance needs {2 * channels}"
+        )
+    for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True)):
+        if config.get(key, wanted) != wanted:
+            raise ValueError(f"{source}: {key} {config[key]!r} is not supported, only {wanted!r}")
+
+
+SCHEDULE = {  # what a scheduler's config may ask for beside its betas, and what it then has to be
+    "prediction_type": ("epsilon",),
+    "beta_schedule": ("linear",),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False,),
+    "thresholding": (False,),
+    "steps_offset": (0,),
+}
+
+
 def _schedule(source: str) -> NoiseSchedule:
+    """The training schedule of a folder; raises ValueError naming the scheduler or the setting that is not supported."""
     config = _read_json(source, "scheduler/scheduler_config.json")
-    if config.get("beta_schedule", "linear") != "linear":
-        raise ValueError(f"{source}: beta_schedule {config['beta_schedule']!r} is not supported, only 'linear'")
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    if "Flow" in kind or not {"num_train_timesteps", "beta_start", "beta_end"} <= config.keys():
+        raise ValueError(
+            f"{source}: scheduler {kind} has no betas (num_train_timesteps, beta_start, beta_end): no DDPM"
+        )
+    for key, allowed in SCHEDULE.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{source}: {key} {config[key]!r} is not supported, only {allowed[0]!r}")
     return NoiseSchedule.linear(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
 
 
+def _require_classes(source: str, transformer: nn.Module) -> None:
+    """The class table needs a row for "no class" behind the classes: guidance and calibration ask for it."""
+    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+    classes = transformer.config.num_embeds_ada_norm
+    if table.num_embeddings != classes + 1:
+        raise ValueError(
+            f"{source}: {table.num_embeddings} rows for {classes} classes: the one for no class is missing"
+        )
+
+
 def _class_names(source: str, count: int) -> tuple[str, ...]:
-    labels = _read_json(source, "model_index.json").get("id2label", {})
+    labels = _read_json(source, "model_index.json").get("id2label") or {}
+    beyond = [key for key in labels if not str(key).isdigit() or int(key) >= count]
+    if beyond:
+        raise ValueError(
+            f"{source}: id2label names class {beyond[0]!r}, but the transformer has classes 0 … {count - 1}"
+        )
     return tuple(str(labels.get(str(i), i)) for i in range(count))

@@ -34,6 +34,7 @@ def quantize(
     whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, and a model that has no
     linear in its blocks or holds quantized layers already, before any work is done.
     """
+    transformer = dit.unwrapped(transformer)
     layers, seed = _unquantized(transformer), as_seed("seed", seed)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     for name, layer in layers.items():
