@@ -1,12 +1,16 @@
 """Modes hold what they promise within their budget and change no output; the adaLN cache changes none either."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
 
 from tests.fuzz_checkpoint import pack, tiny_dit
-from vqlib import sample
+from vqlib import load_transformer, sample, save
 from vqlib.models.modulation import cached_modulation
+from vqlib.packed.checkpoint import attach
 from vqlib.packed.diffusers_backend import packed_layers
 from vqlib.packed.modes import set_mode
 
@@ -146,7 +150,7 @@ def test_no_graph_is_kept_of_a_model_that_could_be_trained():
     dense = tiny_dit()
     with cached_modulation(dense) as cache:
         dense(**batch())
-        assert not any(table.held.requires_grad for table in cache.tables)
+        assert len(cache.own.held) == 4 and not any(held.requires_grad for held in cache.own.held.values())
 
 
 @pytest.mark.parametrize("mode", ["memory", "speed"])
@@ -156,3 +160,63 @@ def test_the_packed_model_compiles_to_one_graph(mode):
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     # A compiler brings its own matrix products, so the outputs may differ by rounding.
     torch.testing.assert_close(output(compiled, inputs), output(packed, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_that_sample_side_by_side_in_one_cache_get_the_images_they_get_alone():
+    pipe = tiny.pipeline()
+    jobs = [(label, seed) for label in (1, 8) for seed in range(4)] * 2
+
+    def images(job):
+        return sample(pipe, [job[0]] * 4, range(job[1], job[1] + 4), steps=3)
+
+    alone = [images(job) for job in jobs]
+    with cached_modulation(pipe.transformer), ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(images, jobs))
+    worst = max((a.float() - b.float()).abs().max() for a, b in zip(alone, together, strict=True))
+    assert worst <= 1  # products of other numbers of rows may round differently
+
+
+def test_a_model_saved_inside_the_cache_is_the_model_itself(tmp_path):
+    packed, inputs = attach(model()), batch()  # as rounded as its file
+    expected, names = output(packed, inputs), list(packed.state_dict())
+    with cached_modulation(packed):
+        output(packed, inputs)
+        assert list(packed.state_dict()) == names and len(packed_layers(packed)) == 14
+        save(packed, tmp_path / "packed")
+    assert torch.equal(output(load_transformer(tmp_path / "packed"), inputs), expected)
+
+
+def test_one_cache_at_a_time():
+    packed = model()
+    with cached_modulation(packed), pytest.raises(ValueError, match="cached, or patched"), cached_modulation(packed):
+        pass
+    with cached_modulation(packed):
+        pass
+
+
+def test_dense_weights_kept_for_speed_follow_what_is_loaded_into_the_model():
+    first, second, inputs = model(0), model(1), batch()
+    set_mode(first, "speed")
+    output(first, inputs)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(output(first, inputs), output(second, inputs))
+
+
+@pytest.mark.parametrize("mode", ["memory", "speed"])
+def test_a_packed_model_survives_torch_save_and_a_deep_copy(tmp_path, mode):
+    packed, inputs = attach(model()), batch()
+    set_mode(packed, mode)
+    expected = output(packed, inputs)
+    torch.save(packed, tmp_path / "model.pt")
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(packed)):
+        assert torch.equal(output(other, inputs), expected)
+        save(other, tmp_path / "again")
+        assert torch.equal(output(load_transformer(tmp_path / "again"), inputs), expected)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    folder = save(model(), "~/packed")
+    assert folder == tmp_path / "home" / "packed" and not (tmp_path / "~").exists()
+    assert len(packed_layers(load_transformer("~/packed"))) == 14

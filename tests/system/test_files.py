@@ -23,3 +23,12 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     path = write_tensors(tmp_path / "t.safetensors", tensors)
     found = load_file(path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def test_a_tilde_is_the_home_folder_and_a_link_stays_a_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_bytes("~/deep/t.csv", b"1") == tmp_path / "deep" / "t.csv"
+    link = tmp_path / "link.csv"
+    link.symlink_to(tmp_path / "deep" / "t.csv")
+    write_bytes(link, b"2")
+    assert link.is_symlink() and (tmp_path / "deep" / "t.csv").read_bytes() == b"2"

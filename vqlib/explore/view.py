@@ -74,7 +74,7 @@ class View:
     actions: Mapping[str, Callable[[], object]] = {}  # label of a button -> what it does
 
     def __init__(self, controls: Sequence[Control], out: str | Path) -> None:
-        self.controls, self.out = tuple(controls), Path(out)
+        self.controls, self.out = tuple(controls), Path(out).expanduser()
         self.settings: dict[str, Any] = {control.name: control.value for control in controls}
         self.shown: Picture | None = None  # the last finished picture
         self.error: Exception | None = None

@@ -173,7 +173,7 @@ def new_figure(height: float, constrained: bool = True) -> Figure:
 
 def save_figure(figure: Figure, stem: str | Path, data: pd.DataFrame | None = None) -> dict[str, Path]:
     """Write `<stem>.pdf`, `.svg`, `.png` (300 dpi), and `data` as `.csv`, each atomically; returns {suffix: path}."""
-    stem, contents = Path(stem), {}
+    stem, contents = Path(stem).expanduser(), {}
     fontset = getattr(figure, "vqlib_fontset", mpl.rcParams["mathtext.fontset"])
     with mpl.rc_context(EMBEDDED | {"mathtext.fontset": fontset}):
         for kind in ("pdf", "svg", "png"):

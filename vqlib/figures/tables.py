@@ -65,7 +65,7 @@ def save_table(
     `best`: column -> 'min' or 'max', in bold; `formats`: column -> spec such as '.2f'; `wide`: across both columns;
     `within`: one value a row, the best of each value is bold, rules part them; rows without a value are not compared.
     """
-    stem = Path(stem)
+    stem = Path(stem).expanduser()
     contents = {"csv": df.to_csv(index=False), "tex": latex(df, caption, label, best, formats, wide, within)}
     return {kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()}
 

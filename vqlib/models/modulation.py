@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,97 +14,91 @@ from torch import Tensor, nn
 FEWEST_ROWS = 4
 
 
+class _PerThread(threading.local):
+    """What one thread has cached, and the forward it is in: threads that sample side by side do not meet."""
+
+    def __init__(self) -> None:
+        self.current: Tensor | None = None  # row of each image of the forward that is running
+        self.missing: list[int] = []  # an image of it for each new pair
+        self.known: dict[tuple[float, int], int] = {}
+        self.kind: tuple[torch.device, torch.dtype] | None = None
+        self.held: dict[int, Tensor] = {}  # table -> [rows, width]
+
+
 class ModulationCache:
     """adaLN outputs by (timestep, class), filled as they are first asked for. Made by `cached_modulation`.
 
-    rows: pairs held; nbytes: memory of their outputs in all blocks; hits and misses: forwards answered without and with
-    an adaLN product. A forward whose new pairs would exceed `budget_bytes` is computed as usual and counts as a miss.
+    rows: pairs that this thread holds; nbytes: memory of their outputs in all blocks; hits and misses: forwards answered
+    without and with an adaLN product. A forward whose new pairs would exceed `budget_bytes`, a thread's, is computed as usual
+    and counts as a miss.
     """
 
     def __init__(self, norms: list[AdaLayerNormZero], budget_bytes: int) -> None:
-        self.tables = [_Table(norm, name, self) for norm in norms for name in ("emb", "linear")]
+        self.tables = [_Table(norm.emb, norm.linear.in_features, self) for norm in norms]
+        self.tables += [_Table(norm.linear, norm.linear.out_features, self) for norm in norms]
         self.budget_bytes, self.hits, self.misses = budget_bytes, 0, 0
-        self.current: Tensor | None = None  # row of each image of the forward that is running
-        self.missing: list[int] = []  # an image of it for each new pair
-        self._known: dict[tuple[float, int], int] = {}
-        self._kind: tuple[torch.device, torch.dtype] | None = None
+        self.own = _PerThread()
 
     @property
     def rows(self) -> int:
-        return len(self._known)
+        return len(self.own.known)
 
     @property
     def nbytes(self) -> int:
-        return sum(table.nbytes for table in self.tables)
+        return sum(held.nbytes for held in self.own.held.values())
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a forward of the transformer: find the row of each image, and which images bring new pairs."""
+        own = self.own
         given = dict(zip(("hidden_states", "timestep", "class_labels"), args, strict=False)) | kwargs
         x, timestep, labels = (given.get(name) for name in ("hidden_states", "timestep", "class_labels"))
-        self.current, self.missing = None, []
+        own.current, own.missing = None, []
         if timestep is None or labels is None or timestep.shape != labels.shape or module.training:
             return
-        cut_off = any(table.rows != self.rows for table in self.tables)  # the forward before was, by an exception
-        if cut_off or self._kind != (x.device, x.dtype):
-            self._kind = x.device, x.dtype
-            self.clear()
+        cut_off = any(len(held) != self.rows for held in own.held.values())  # the forward before was, by an exception
+        if cut_off or len(own.held) not in (0, len(self.tables)) or own.kind != (x.device, x.dtype):
+            own.kind, own.known, own.held = (x.device, x.dtype), {}, {}
         pairs = list(zip(timestep.tolist(), labels.tolist(), strict=True))
-        new = {pair: image for image, pair in reversed(list(enumerate(pairs))) if pair not in self._known}
+        new = {pair: image for image, pair in reversed(list(enumerate(pairs))) if pair not in own.known}
         self.hits, self.misses = self.hits + (not new), self.misses + bool(new)
         row_bytes = sum(table.width for table in self.tables) * x.dtype.itemsize
-        if (len(self._known) + len(new)) * row_bytes > self.budget_bytes:
+        if (len(own.known) + len(new)) * row_bytes > self.budget_bytes:
             return
-        self.missing = list(new.values())
-        self._known.update({pair: len(self._known) + i for i, pair in enumerate(new)})
-        self.current = torch.tensor([self._known[pair] for pair in pairs], device=x.device)
+        own.missing = list(new.values())
+        own.known.update({pair: len(own.known) + i for i, pair in enumerate(new)})
+        own.current = torch.tensor([own.known[pair] for pair in pairs], device=x.device)
 
     def end(self, *_) -> None:
         """After the forward: a block called on its own is not answered from the cache."""
-        self.current, self.missing = None, []
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known = {}
-        for table in self.tables:
-            table.held = None
+        self.own.current, self.own.missing = None, []
 
 
-class _Table(nn.Module):
-    """Stands in the place of one module of adaLN (`emb` or `linear`) whose rows depend on (timestep, class) alone."""
+class _Table:
+    """Stands before the forward of one module of adaLN whose rows depend on (timestep, class) alone; the module stays in place."""
 
-    def __init__(self, norm: AdaLayerNormZero, name: str, cache: ModulationCache) -> None:
-        super().__init__()
-        self.original = norm._modules[name]
-        self.width = norm.linear.in_features if name == "emb" else norm.linear.out_features
-        self.held: Tensor | None = None  # [rows, width]
-        self.__dict__.update(norm=norm, name=name, cache=cache)  # plain attributes: none of them is a submodule here
-
-    @property
-    def rows(self) -> int:
-        return 0 if self.held is None else len(self.held)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.held is None else self.held.numel() * self.held.element_size()
+    def __init__(self, module: nn.Module, width: int, cache: ModulationCache) -> None:
+        self.module, self.original, self.width, self.cache = module, module.forward, width, cache
 
     def install(self) -> None:
-        self.norm._modules[self.name] = self
+        self.module.forward = self.forward
 
     def remove(self) -> None:
-        self.norm._modules[self.name] = self.original
+        del self.module.forward
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Inputs [R, …] -> [R, width]; from the table where the running forward's rows are in it."""
-        if self.cache.current is None:
+        own = self.cache.own
+        if own.current is None:
             return self.original(*args, **kwargs)
-        if self.rows < self.cache.rows:
-            missing = self.cache.missing
+        held = own.held.get(id(self))
+        if held is None or len(held) < self.cache.rows:
+            missing = own.missing
             filled = missing + missing[-1:] * (FEWEST_ROWS - len(missing))
             with torch.no_grad():
                 new = self.original(*(value[filled] for value in args), **kwargs)[: len(missing)]
                 with torch.inference_mode(False):  # a table made in inference mode could not be used outside of it
-                    self.held = new.clone() if self.held is None else torch.cat([self.held, new])
-        return self.held.index_select(0, self.cache.current)
+                    held = own.held[id(self)] = new.clone() if held is None else torch.cat([held, new])
+        return held.index_select(0, own.current)
 
 
 @contextmanager
@@ -113,12 +108,17 @@ def cached_modulation(transformer: nn.Module, budget_bytes: int = 256 << 20) -> 
     A sampler asks for the same `steps · (classes + 1)` pairs again in every batch. An output needs 7·hidden numbers per
     pair and block; `budget_bytes` bounds them all. Works for packed and full-precision models and keeps no graph. Outputs
     stay the same but for rounding: matrix products of other numbers of rows may be split differently among threads.
-    Do not change weights inside. Raises ValueError for a model without such layers or in training mode.
+    Do not change weights inside. Threads
+    have a cache each; a model saved inside is the model itself. Raises ValueError for a model without such layers in training mode, or cached already.
     """
     norms = [m for m in transformer.modules() if isinstance(m, AdaLayerNormZero) and m.emb is not None]
     if not norms or transformer.training:
         reason = "is in training mode, which drops class labels" if norms else "has no adaLN of timestep and class"
         raise ValueError(f"{type(transformer).__name__} {reason}; there is nothing to cache")
+    if any("forward" in module.__dict__ for norm in norms for module in (norm.emb, norm.linear)):
+        raise ValueError(
+            f"{type(transformer).__name__} has another forward in its adaLN already: it is cached, or patched"
+        )
     cache = ModulationCache(norms, budget_bytes)
     hooks = [
         transformer.register_forward_pre_hook(cache.begin, with_kwargs=True),

@@ -64,10 +64,11 @@ def save(
     if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true
         scope = known.quantization_config.config.codebook_scope
         provenance = known.quantization_config.provenance if provenance is None else provenance
+    folder = Path(folder).expanduser()
     attach(model, provenance, storage, scope)
-    with write_folder(Path(folder), may_replace={CONFIG, WEIGHTS}) as partial:
+    with write_folder(folder, may_replace={CONFIG, WEIGHTS}) as partial:
         model.save_pretrained(partial, max_shard_size="1000TB")
-    return Path(folder)
+    return folder
 
 
 def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> ModelMixin:
@@ -76,7 +77,7 @@ def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> 
     Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
     their claims. Raises CheckpointError naming file, tensor and reason.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     recover_folder(folder)
     file = folder / CONFIG
     model_class, config = _read_config(file)

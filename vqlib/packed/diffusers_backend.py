@@ -11,8 +11,8 @@ import logging
 from abc import ABC
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class VQQuantizer(DiffusersQuantizer):
 
     def remember(self, model: ModelMixin) -> None:
         """Note the class and settings that `model`'s checkpoint will vouch for; keep paths out of its config.json."""
-        model.to_json_string = MethodType(_portable_json, model)
+        model.to_json_string = partial(_portable_json, model)  # no method: a model that is pickled takes it along
         self.class_name = type(model).__name__
         self.settings = parse_json(model.to_json_string().encode(), "config.json", "model config")
 

@@ -151,6 +151,10 @@ class VQLinear(nn.Module):
             return self.codebook.to(dtype)
         return (self.codebook.float() * self.scale).to(dtype)
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.dense = None  # other codes may come
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse: bool = True) -> VQLinear:
         """As nn.Module, but the scale stays float32 whatever dtype the rest is moved to."""
         scale = self.scale

@@ -15,7 +15,8 @@ from torch import Tensor
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new file beside `path`, whose folder is made; on leaving without an error it takes the place of `path`."""
-    path = Path(path)
+    path = Path(path).expanduser()
+    path = path.resolve() if path.is_symlink() else path  # what a link leads to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -32,7 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def remove_remains(path: str | Path) -> None:
     """Remove what a kill inside `replacing` left beside `path`; only for its one writer, who holds a lock."""
-    path = Path(path)
+    path = Path(path).expanduser()
     for remains in path.parent.glob(f".{path.name}.*"):
         remains.unlink(missing_ok=True)
 
@@ -51,14 +52,14 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write `content`; returns the path."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write a safetensors file; returns the path. Copied first is only what is elsewhere, strided, or shares memory."""
     with replacing(path) as temporary:
         save_file(_apart(tensors), temporary, metadata=metadata)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def write_folder(folder: Path, may_replace: Collection[str]) -> Iterator[Path]:
 
     Raises FileExistsError where `folder` holds anything besides the files named in `may_replace`.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     _require_replaceable(folder, may_replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
@@ -51,7 +51,7 @@ def write_folder(folder: Path, may_replace: Collection[str]) -> Iterator[Path]:
 
 def recover_folder(folder: Path) -> None:
     """Undo the first half of a replacement that was cut off on a system that cannot swap folders."""
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     if not folder.exists() and _backup(folder).exists():
         os.rename(_backup(folder), folder)
 
