@@ -3,7 +3,9 @@
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib as mpl
+import matplotlib.figure
 import matplotlib.image
+import matplotlib.style
 import pandas as pd
 import pytest
 import torch
@@ -99,3 +101,44 @@ def test_one_method_one_color_however_it_is_qualified():
     assert (
         len(set(METHOD_COLORS.values())) == len(METHOD_COLORS) == len({method_marker(name) for name in METHOD_COLORS})
     )
+
+
+UGLY = {
+    "savefig.bbox": "tight",
+    "savefig.dpi": 30,
+    "savefig.transparent": True,
+    "savefig.facecolor": "black",
+    "font.size": 25,
+    "xtick.labelsize": 30,
+    "axes.labelcolor": "yellow",
+    "axes.prop_cycle": mpl.cycler(color=["white"]),
+    "figure.autolayout": True,
+    "axes.titleweight": "bold",
+    "text.color": "white",
+    "image.cmap": "jet",
+    "pdf.fonttype": 3,
+}
+
+
+@pytest.mark.parametrize("user", ["dark_background", "ggplot", "grayscale", UGLY], ids=str)
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_exported_figure_is_the_venues_whatever_style_the_user_has_set(tmp_path, user, inside):
+    def exported(name):
+        with style("AAAI"):
+            figure = plot()
+            if inside:
+                return save_figure(figure, tmp_path / name)
+        return save_figure(figure, tmp_path / name)
+
+    plain = exported("plain")
+    with mpl.style.context(user):
+        themed = exported("themed")
+    assert all(plain[kind].read_bytes() == themed[kind].read_bytes() for kind in ("pdf", "svg", "png"))
+
+
+def test_a_figure_made_under_the_users_own_style_keeps_its_background(tmp_path):
+    with mpl.style.context("dark_background"):
+        figure = mpl.figure.Figure()
+        figure.subplots().set_xlabel("step")
+    path = save_figure(figure, tmp_path / "dark")["png"]
+    assert mpl.image.imread(path)[0, 0, :3].tolist() == [0, 0, 0]

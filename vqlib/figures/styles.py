@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -109,7 +110,7 @@ def style(venue: str = "notebook", columns: int = 1, fraction: float = 1.0) -> I
         raise ValueError(f"columns={columns}, fraction={fraction}: columns is 1 or 2, fraction in (0, 1]")
     chosen = VENUES[names[venue.lower()]]
     width = (chosen.column if columns == 1 else chosen.text) * fraction
-    with mpl.rc_context(_settings(chosen, width)):
+    with mpl.style.context(["default", _settings(chosen, width)]):  # whatever style or theme the user has set
         yield chosen
 
 
@@ -167,18 +168,21 @@ def new_figure(height: float, constrained: bool = True) -> Figure:
     FigureCanvasAgg(figure)  # closing took its canvas away
     if constrained:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
-    figure.vqlib_fontset = mpl.rcParams["mathtext.fontset"]  # read when drawn, and that may be after the `with`
+    kept = {name: value for name, value in mpl.rcParams.items() if not name.startswith(("backend", "interactive"))}
+    figure.vqlib_style = kept  # read when drawn, and that may be after the `with`
     return figure
 
 
 def save_figure(figure: Figure, stem: str | Path, data: pd.DataFrame | None = None) -> dict[str, Path]:
-    """Write `<stem>.pdf`, `.svg`, `.png` (300 dpi), and `data` as `.csv`, each atomically; returns {suffix: path}."""
+    """Write `<stem>.pdf`, `.svg`, `.png` (300 dpi), and `data` as `.csv`, each atomically; returns {suffix: path}.
+
+    The figure is drawn under the style it was made in, a figure of matplotlib's own under matplotlib's defaults.
+    """
     stem, contents = Path(stem).expanduser(), {}
-    fontset = getattr(figure, "vqlib_fontset", mpl.rcParams["mathtext.fontset"])
-    with mpl.rc_context(EMBEDDED | {"mathtext.fontset": fontset}):
+    with mpl.style.context("default"), mpl.rc_context(getattr(figure, "vqlib_style", {}) | EMBEDDED):
         for kind in ("pdf", "svg", "png"):
             buffer, undated = io.BytesIO(), {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-            figure.savefig(buffer, format=kind, dpi=300, metadata=undated, facecolor="white")
+            figure.savefig(buffer, format=kind, dpi=300, metadata=undated, facecolor=figure.get_facecolor())
             contents[kind] = buffer.getvalue()
     if data is not None:
         contents["csv"] = data.to_csv(index=not isinstance(data.index, pd.RangeIndex)).encode()
