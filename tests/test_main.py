@@ -55,9 +55,9 @@ def test_estimate_needs_no_weights_and_prints_sizes_and_the_quoted_figure(tmp_pa
 def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(shell, "measure", lambda *a, **o: seen.append(a) or Row())
-    run("evaluate", folder)
+    run("evaluate", folder, "--set", "images=200")
     _, _, images, place, sampling, reference = seen[0]
-    assert (images, place, sampling.steps, reference) == (3, folder / "metrics", 2, "fashion-mnist-test")
+    assert (images, place, sampling.steps, reference) == (200, folder / "metrics", 2, "fashion-mnist-test")
     table = shell.pd.DataFrame({"FD": [1.5]})
     monkeypatch.setattr(shell, "make_table", lambda config, *a, **o: seen.append(config) or table)
     shell.main(["table", "--preset", "dit-mini-fashion-w3", "--set", "calibration.iterations=2", "--out", str(folder)])
@@ -117,3 +117,32 @@ def test_mistakes_end_with_one_line(tmp_path, more, message):
 def test_imagenet_needs_a_reference_of_the_users(tmp_path):
     with pytest.raises(ValueError, match="dit-xl-2-256-w2 has no reference of its own: give --set reference="):
         shell._reference(shell.preset("dit-xl-2-256-w2"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "table"])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--set", "reference=nowhere.npz"], "no reference at .*nowhere.npz"),
+        (["--set", "images=100"], "100 images against 10000 of the reference are too few"),
+        (["--device", "cuda:77"], "device 'cuda:77' is not here"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_computed(tmp_path, monkeypatch, command, more, message):
+    monkeypatch.setattr(shell.models, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    with pytest.raises(SystemExit, match=f"^vqlib {command}: {message}"):
+        shell.main([command, "--preset", "dit-mini-fashion-w2", "--out", str(tmp_path / "job"), *more])
+    assert not (tmp_path / "job" / "calibration").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shell.models, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="^vqlib calibrate: .*file"):
+        shell.main(["calibrate", "--preset", "dit-mini-fashion-w2", "--out", str(tmp_path / "file" / "job")])
+
+
+def test_codes_that_do_not_fit_are_said_before_second_moments_are_gathered(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqlib.studies.experiments.input_hessians", lambda *_: pytest.fail("gathered second moments"))
+    with pytest.raises(SystemExit, match=r"in_features 192 is not divisible by d=5 \(transformer_blocks.0"):
+        run("calibrate", tmp_path, "--recipe", "best", "--set", "vq.d=5")

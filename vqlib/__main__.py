@@ -16,19 +16,21 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
 from vqlib.config import RECIPES
+from vqlib.evaluation.frechet import check_counts
+from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown, save_table
-from vqlib.models import pipeline
+from vqlib.models import pipeline as models
 from vqlib.models.sampling import sample
 from vqlib.studies.estimate import estimate
 from vqlib.studies.experiments import class_labels, measure, packed_model
@@ -47,9 +49,27 @@ def main(arguments: list[str] | None = None) -> None:
     """One command; errors of the caller are printed as one line and end the process with status 1."""
     options = _parser().parse_args(arguments)
     try:
-        COMMANDS[options.command](_job(options), options)
+        job = _job(options)
+        check(job, options)
+        COMMANDS[options.command](job, options)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"vqlib {options.command}: {error}")
+
+
+def check(job: Preset, options: argparse.Namespace) -> None:
+    """Refuse now what would be refused after an hour of work: the device, the folder written to, the reference, the count."""
+    unused = [text.partition("=")[0] for text in options.set if text.partition("=")[0] not in TABLE_SETTINGS]
+    if options.command == "table" and unused:
+        raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
+    options.device, options.out = models.device_of(options.device), options.out.expanduser()
+    if options.command == "estimate":
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.out):  # a read-only or full disk is told here
+        pass
+    if options.command in ("evaluate", "table"):
+        reference = load_reference(_reference(job))
+        check_counts(job.images, reference.count, len(reference.mean))
 
 
 def estimate_job(job: Preset, options: argparse.Namespace) -> None:
@@ -98,9 +118,6 @@ def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:
     """Full precision, k-means and the calibrated model, as CSV and LaTeX."""
-    for name in (text.partition("=")[0] for text in options.set):
-        if name not in TABLE_SETTINGS:
-            raise ValueError(f"--set {name}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     config = TableConfig(
         model=options.model or job.model,
         reference=_reference(job),
@@ -135,18 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--preset", required=True, choices=PRESETS)
     parser.add_argument("--model", help="a folder, hub id or .pt file in place of the preset's")
-    parser.add_argument("--vae", default=pipeline.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
+    parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
     parser.add_argument("--recipe", default="paper", choices=RECIPES)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 …")
     parser.add_argument("--seed", type=int, default=0, help="of codebooks and candidates; images have seeds 0, 1, 2 …")
     return parser
 
 
 def _job(options: argparse.Namespace) -> Preset:
     """The preset with the recipe and settings of the command line."""
-    options.out = options.out or pipeline.DATA / "runs" / options.preset
+    options.out = options.out or models.DATA / "runs" / options.preset
     settings = dict(_setting(text) for text in options.set)
     job = preset(options.preset)
     if options.recipe != "paper":
@@ -167,11 +184,11 @@ def _setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _load(job: Preset, options: argparse.Namespace) -> pipeline.Pipeline:
-    return pipeline.load(options.model or job.model, vae=options.vae).to(options.device)
+def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
+    return models.load(options.model or job.model, vae=options.vae, device=options.device)
 
 
-def _calibrated(pipe: pipeline.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
+def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
     """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
     with _watching(options.out / "calibration", job.calibration.iterations):
         return packed_model(pipe, job.vq, job.calibration, options.out, options.seed)

@@ -18,6 +18,7 @@ from vqlib.calibrator.teacher import following
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import VQConfig, recipe
 from vqlib.models import dit
+from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.quantize import quantize
@@ -377,6 +378,30 @@ def test_a_compiled_teacher_is_followed_block_by_block(inputs, part):
     assert all(
         torch.equal(value, hessians[name]) for name, value in input_hessians(tiny.pipeline(), settings, 1).items()
     )
+
+
+def test_a_compiled_student_is_calibrated_packed_and_saved_as_the_model_inside(tmp_path):
+    pipe, student = prepared()
+    plain = [record.block_losses for record in calibrate(pipe, student, SETTINGS)]
+    pipe, student = prepared()
+    run = calibrate(pipe, torch.compile(student, backend="eager"), SETTINGS)
+    assert [record.block_losses for record in run] == plain
+    packed = harden(torch.compile(student, backend="eager"))
+    save(torch.compile(packed, backend="eager"), tmp_path / "packed")
+    loaded = load_transformer(tmp_path / "packed").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in packed.state_dict().items())
+
+
+def test_a_damaged_line_among_the_records_is_named(tmp_path):
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    list(run)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    (tmp_path / "records.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    assert len(read_records(tmp_path)) == 5  # the last one is being written
+    (tmp_path / "records.jsonl").write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
+    with pytest.raises(RuntimeError, match="records.jsonl: line 2 of 6 is damaged"):
+        read_records(tmp_path)
 
 
 def test_blocks_that_nobody_saw_are_an_error():

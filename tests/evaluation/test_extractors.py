@@ -150,3 +150,11 @@ def test_progress_is_told_the_count_and_the_total(weights, images):
     seen = []
     list(load_extractor("fashion", weights).stream(images, progress=lambda *state: seen.append(state[:2])))
     assert seen == [(12, 12)]
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_changes_no_figure(weights, images, tmp_path):
+    extractor, blocked = load_extractor("fashion", weights), tmp_path / "file"
+    blocked.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="features are not kept: .*file"):
+        found = list(extractor.stream(images, blocked))
+    assert torch.equal(found[0].features, extractor(images).features)

@@ -67,3 +67,28 @@ def test_each_group_has_its_own_best_and_a_rule_before_it():
     assert "**1.79**" in text and text.count("**") == 2  # full precision is smaller, and not compared
     lines = latex(TABLE, best={"FD": "min"}, within=within).splitlines()
     assert lines.count(r"\midrule") == 2 and lines[lines.index(r"\midrule", 8) + 1].startswith("k-means")
+
+
+def test_an_index_that_says_something_is_kept_and_row_numbers_are_not(tmp_path):
+    df = pd.DataFrame({"bits": [2, 3, 2], "fd": [1.0, 2.0, 3.0]})
+    grouped = df.groupby("bits")[["fd"]].mean()
+    assert save_table(grouped, tmp_path / "t")["csv"].read_text() == "bits,fd\n2,2.0\n3,2.0\n"
+    assert "| 2 | 2 |" in markdown(grouped) and "2 & 2 " in latex(grouped)
+    assert markdown(df[df["fd"] > 1]).splitlines()[0] == "| bits | fd |"
+    assert "| ours | 1 |" in markdown(pd.DataFrame({"fd": [1.0]}, index=["ours"]))
+
+
+def test_groups_follow_their_rows_through_a_sort():
+    df = pd.DataFrame({"method": list("abcd"), "fd": [4.0, 3.0, 2.0, 1.0]})
+    within = pd.Series([0, 0, 1, 1])
+    text = markdown(df.sort_values("fd"), best={"fd": "min"}, within=within)
+    assert "**3**" in text and "**1**" in text and "**2**" not in text
+    with pytest.raises(ValueError, match="within has 3 values for 4 rows"):
+        markdown(df, within=within[:3])
+    with pytest.raises(ValueError, match="within has another index than the 4 rows"):
+        markdown(df, within=within.set_axis([7, 8, 9, 10]))
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two columns are called 'fd'"):
+        markdown(pd.DataFrame([[1, 2]], columns=["fd", "fd"]))

@@ -370,3 +370,8 @@ def test_images_that_are_not_finite_stop_with_class_and_seed():
     pipe.vae.decoder.conv_out.bias.data[0] = torch.inf
     with pytest.raises(FloatingPointError, match="decoded images are not finite .*: class 2, seed 5"):
         sample(pipe, [2], [5], steps=1)
+
+
+def test_images_asked_for_twice_are_told():
+    with pytest.warns(UserWarning, match="1 of 3 images have class and seed of another"):
+        sample(tiny.pipeline(), [0, 1, 0], [5, 5, 5], steps=1)

@@ -53,6 +53,7 @@ class Calibration(Iterator[Record]):
 
     def __init__(self, pipe: Pipeline, model: nn.Module, config: CalibrationConfig, out: str | Path | None) -> None:
         keep_freed_memory()
+        model = dit.unwrapped(model)
         self.pipe, self.student, self.config = pipe, model, config
         self.layers = soft_layers(model)
         if not self.layers:

@@ -163,13 +163,18 @@ def on_accelerator(tensors: dict[str, Tensor]) -> bool:
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """The records of a run, finished or going on; a last line that is still being written is left out."""
-    records = []
-    for line in (Path(folder).expanduser() / "records.jsonl").read_text(encoding="utf-8").splitlines():
+    """The records of a run, finished or going on; a last line that is still being written is left out.
+
+    Raises RuntimeError naming a line before it that is damaged.
+    """
+    path = Path(folder).expanduser() / "records.jsonl"
+    records, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(Record(**json.loads(line)))
-        except json.JSONDecodeError:
-            break
+        except (json.JSONDecodeError, TypeError) as error:
+            if number < len(lines):
+                raise RuntimeError(f"{path}: line {number} of {len(lines)} is damaged ({error})") from None
     return records
 
 

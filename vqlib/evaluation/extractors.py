@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ class Extractor:
         done, start = 0, time.monotonic()
         total = count_images(source) if total is None else total
         for images in image_blocks(source, BLOCK):
-            yield self(images) if cache is None else self._cached(images, Path(cache))
+            yield self(images) if cache is None else self._cached(images, Path(cache).expanduser())
             done += len(images)
             if progress is not None:
                 progress(done, total, time.monotonic() - start)
@@ -239,10 +240,13 @@ class Extractor:
         path = folder / f"{hashlib.sha256(about.encode() + pixels.tobytes()).hexdigest()}.safetensors"
         try:
             return Features(**load_file(path))
-        except (FileNotFoundError, SafetensorError, TypeError):  # never written, or damaged: a cache is made again
+        except (OSError, SafetensorError, TypeError):  # never written, or damaged: a cache is made again
             found = self(images)
+        try:
             write_tensors(path, {name: value for name, value in vars(found).items() if value is not None})
-            return found
+        except OSError as error:  # a read-only install, a full disk: the figures do not depend on it
+            warnings.warn(f"features are not kept: {error}", stacklevel=2)
+        return found
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:

@@ -135,7 +135,7 @@ def load_reference(path: str | Path) -> Reference:
 
     Raises FileNotFoundError, and ValueError for a damaged or foreign file.
     """
-    path = Path(STORED.get(str(path), path))
+    path = Path(STORED.get(str(path), path)).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no reference at {path}; known names: {', '.join(STORED)}")
     return _load_adm(path) if path.suffix == ".npz" else _load_stored(path)
@@ -156,7 +156,7 @@ def resolve(
     """
     stored = _is_stored(reference)
     if stored and not isinstance(reference, Reference):
-        path, reference = Path(STORED.get(str(reference), reference)), load_reference(reference)
+        path, reference = Path(STORED.get(str(reference), reference)).expanduser(), load_reference(reference)
     else:
         path = None
     if extractor is None and not isinstance(reference, Reference):
@@ -174,7 +174,8 @@ def resolve(
 
 def _is_stored(reference) -> bool:
     if isinstance(reference, (str, Path)):
-        return str(reference) in STORED or (not Path(reference).is_dir() and not _npz_is_images(Path(reference)))
+        path = Path(reference).expanduser()
+        return str(reference) in STORED or (not path.is_dir() and not _npz_is_images(path))
     return isinstance(reference, Reference)
 
 

@@ -65,7 +65,8 @@ def save_table(
     `best`: column -> 'min' or 'max', in bold; `formats`: column -> spec such as '.2f'; `wide`: across both columns;
     `within`: one value a row, the best of each value is bold, rules part them; rows without a value are not compared.
     """
-    stem = Path(stem).expanduser()
+    stem, within = Path(stem).expanduser(), _aligned(df, within)
+    df = _flat(df)
     contents = {"csv": df.to_csv(index=False), "tex": latex(df, caption, label, best, formats, wide, within)}
     return {kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()}
 
@@ -80,7 +81,8 @@ def latex(
     within: pd.Series | None = None,
 ) -> str:
     """A whole `table` environment with booktabs rules. Text is escaped, numbers are right-aligned. See `save_table`."""
-    groups = _groups(df, within)
+    groups = _groups(df, _aligned(df, within))
+    df = _flat(df)
     cells, bold = _cells(df, best, formats, escape, groups)
     head = " & ".join(map(_stacked, _headers(df, best, escape)))
     rows = [
@@ -115,7 +117,9 @@ def markdown(
     df: pd.DataFrame, best: Best | None = None, formats: Formats | None = None, within: pd.Series | None = None
 ) -> str:
     """The same table for a README or a notebook."""
-    cells, bold = _cells(df, best, formats, _escape_markdown, _groups(df, within))
+    groups = _groups(df, _aligned(df, within))
+    df = _flat(df)
+    cells, bold = _cells(df, best, formats, _escape_markdown, groups)
     rows = [[f"**{c}**" if b else c for c, b in zip(*row, strict=True)] for row in zip(cells, bold, strict=True)]
     rule = ["---:" if pd.api.types.is_numeric_dtype(df[column]) else "---" for column in df]
     return (
@@ -142,12 +146,34 @@ def _headers(df: pd.DataFrame, best: Best | None, escaped: Callable[[str], str])
     return [escaped(f"{column} {ARROWS[best[column]]}" if best and column in best else str(column)) for column in df]
 
 
+def _flat(df: pd.DataFrame) -> pd.DataFrame:
+    """The table with an index that says something (a name, words) as its first columns; bare row numbers are dropped.
+
+    Raises ValueError for two columns of one name.
+    """
+    says = any(name is not None for name in df.index.names) or not pd.api.types.is_integer_dtype(df.index.dtype)
+    found = df.reset_index(drop=not (says and len(df)))
+    twice = found.columns[found.columns.duplicated()]
+    if len(twice):
+        raise ValueError(f"two columns are called {twice[0]!r}")
+    return found
+
+
+def _aligned(df: pd.DataFrame, within: pd.Series | None) -> pd.Series | None:
+    """`within` in the order of the table's rows, found by their index; ValueError where a row has no value there."""
+    if within is not None and len(within) != len(df):
+        raise ValueError(f"within has {len(within)} values for {len(df)} rows")
+    if not isinstance(within, pd.Series) or within.index.equals(df.index):
+        return within
+    if not df.index.is_unique or not df.index.isin(within.index).all():
+        raise ValueError(f"within has another index than the {len(df)} rows of the table")
+    return within.reindex(df.index)
+
+
 def _groups(df: pd.DataFrame, within: pd.Series | None) -> list:
     """The group of each row, None for a row that is not compared; one group where `within` is not given."""
     if within is None:
         return [""] * len(df)
-    if len(within) != len(df):
-        raise ValueError(f"within has {len(within)} values for {len(df)} rows")
     return [None if pd.isna(value) else value for value in within]
 
 

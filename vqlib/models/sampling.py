@@ -7,6 +7,7 @@ guided, images are truncated to uint8 instead of rounded, and every image draws 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -183,6 +184,9 @@ def _bar(count: int, config: SamplingConfig, progress: bool) -> Iterator[Callabl
 def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: SamplingConfig) -> None:
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} class labels but {len(seeds)} seeds; give one of each per image")
+    twins = len(labels) - len(set(zip(labels, seeds, strict=True)))
+    if twins:
+        warnings.warn(f"{twins} of {len(labels)} images have class and seed of another: the same picture", stacklevel=3)
     if not labels:
         raise ValueError("0 class labels and 0 seeds: there is nothing to sample")
     classes = len(pipe.class_names)

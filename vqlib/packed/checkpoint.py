@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from vqlib.config import VQConfig
+from vqlib.models import dit
 from vqlib.packed import container
 from vqlib.packed.diffusers_backend import Method, PackedConfig, VQQuantizer, packed_layers
 from vqlib.packed.header import FORMAT, WEIGHTS, CheckpointError, parse_json, read_header, require_plausible
@@ -59,6 +60,7 @@ def save(
     tensors to `storage`: what is in memory afterwards is what is on disk, and reloading gives bit-equal outputs. An
     existing checkpoint is replaced; FileExistsError where the folder holds anything else.
     """
+    model = dit.unwrapped(model)
     known = getattr(model, "hf_quantizer", None)
     scope = None
     if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true

@@ -18,6 +18,7 @@ def harden(student: nn.Module) -> nn.Module:
 
     A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is.
     """
+    student = dit.unwrapped(student)
     soft = soft_layers(student)
     packed = copy.deepcopy(student, {id(layer): layer for layer in soft.values()})  # soft layers shared, not copied
     codebooks: dict[int, Tensor] = {}

@@ -35,12 +35,9 @@ def quantize(
     linear in its blocks or holds quantized layers already, before any work is done.
     """
     transformer = dit.unwrapped(transformer)
-    layers, seed = _unquantized(transformer), as_seed("seed", seed)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
-    for name, layer in layers.items():
-        split(layer.weight, config.d, name)
-        if config.assignment == "nearest":
-            continue
+    layers, seed = fitting_layers(transformer, config), as_seed("seed", seed)
+    for name, layer in layers.items() if config.assignment != "nearest" else ():
         if name not in hessians:
             raise ValueError(
                 f"assignment={config.assignment!r} needs hessians=vqlib.input_hessians(pipe), not given for {name}"
@@ -58,8 +55,11 @@ def quantize(
     return student.eval()
 
 
-def _unquantized(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """The linears to quantize by name; ValueError where there is none, or where some are quantized already."""
+def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Linear]:
+    """The linears to quantize by name, checked before anything is computed.
+
+    Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit.
+    """
     layers = dit.quantizable(transformer)
     done = [name for name, module in transformer.named_modules() if hasattr(module, "codebook")]
     if done:
@@ -68,6 +68,10 @@ def _unquantized(transformer: nn.Module) -> dict[str, nn.Linear]:
         )
     if not layers:
         raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
+    for name, layer in layers.items():
+        count = len(split(layer.weight, config.d, name))
+        if count < config.k and config.codebook_scope == "layer":
+            raise ValueError(f"{count} sub-vectors are fewer than k={config.k} codewords ({name})")
     return layers
 
 

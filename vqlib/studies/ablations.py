@@ -59,7 +59,9 @@ class Ablation:
 
     def table(self, settings: Iterable[Setting], seeds: Iterable[int]) -> pd.DataFrame:
         """The finished rows: columns group, setting, seed, fd, accuracy, and the conditions that the rows do not share."""
-        rows = []
+        rows, seeds = [], list(seeds)
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds {seeds} repeat: a spread over them would be too small")
         for setting in settings:
             for seed in seeds:
                 found = self.finished(setting, seed)

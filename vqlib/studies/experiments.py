@@ -24,7 +24,7 @@ from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
-from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.quantize import fitting_layers, quantize
 from vqlib.system.files import write_bytes, write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
 
@@ -112,7 +112,8 @@ def packed_model(
     of `hessian_batches` calibration steps of `inputs`, by default of `settings`. A second process waits until the first is done.
     Raises RuntimeError where the folder's model was made from other weights or with other settings.
     """
-    target, vq = Path(folder) / "packed", vq if settings else vq.replace(candidates=1)
+    target, vq = Path(folder).expanduser() / "packed", vq if settings else vq.replace(candidates=1)
+    fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
     feedback, inputs = vq.assignment == "error-feedback", inputs or settings or CalibrationConfig(seed=seed)
