@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from vqlib.calibrator import runs
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
-from vqlib.calibrator.losses import absolute_ratio_loss
 from vqlib.calibrator.runs import read_records
 from vqlib.calibrator.teacher import following
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import VQConfig, recipe
+from vqlib.kernels import reference
 from vqlib.models import dit
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
@@ -80,7 +80,7 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
         output = teacher(trajectory.inputs(), seen)
         blocks = dit.block_list(twin)
         per_block = [(b(*a, **k) - out).pow(2).mean() for b, (a, k, out) in zip(blocks, seen, strict=True)]
-        loss = size * sum(per_block) + sum(absolute_ratio_loss(m.logits) for m in soft)
+        loss = size * sum(per_block) + sum(reference.ratio_loss("absolute", m.logits) for m in soft)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -103,8 +103,7 @@ class TestKernels:
         """The module; `kernels` uses it for whatever device the tensors are on."""
         from vqlib.kernels import cuda
 
-        monkeypatch.setattr(kernels, "_on_cpu", lambda *tensors: False)
-        monkeypatch.setattr(kernels, "_on_cuda", lambda *tensors: all(t.dtype == torch.float32 for t in tensors))
+        monkeypatch.setattr(kernels, "back_end", lambda device_type: cuda)
         return cuda
 
     @pytest.fixture
@@ -243,4 +242,4 @@ def test_without_triton_the_twins_do_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "vqlib.kernels.cuda", raising=False)
     monkeypatch.delattr(kernels, "cuda", raising=False)
-    assert kernels._triton.__wrapped__() is None
+    assert kernels.back_end.__wrapped__("cuda") is None and kernels.back_end("mps") is None

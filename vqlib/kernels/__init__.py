@@ -1,10 +1,13 @@
-"""The loops over sub-vectors that decide the running time, one fused implementation per device.
+"""The loops over sub-vectors that decide the running time, one back end a device: `cpu`, `cuda`, and `reference` for the rest.
 
-float32 on the CPU runs the numba kernels, whose results do not depend on the number of threads. float32 on CUDA runs
-the Triton kernels of `cuda`, where there is one; everything else the plain torch twins in `reference`.
+A back end is a module with the functions of this one on float32 tensors of its device, and the sizes it takes. What it lacks,
+other types, other sizes and other devices go to the plain torch twins in `reference`, against which it is tested.
 """
 
+import importlib
+from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ __all__ = [
     "add_ratio_gradient",
     "assign",
     "cluster_sums",
+    "gather",
     "largest_ratios",
     "nearest",
     "ratio_loss",
@@ -30,36 +34,29 @@ __all__ = [
 
 
 @cache
-def _compiled():
-    """The modules of numba kernels, or None without numba; imported at first use to keep imports fast."""
+def back_end(device_type: str) -> ModuleType | None:
+    """The fused loops of a device, imported at first use to keep imports fast; None without numba or triton."""
+    if device_type not in ("cpu", "cuda"):
+        return None
     try:
-        from vqlib.kernels import cpu, cpu_ratios, cpu_soft
+        return importlib.import_module(f"vqlib.kernels.{device_type}")
     except ImportError:
         return None
-    return cpu, cpu_soft, cpu_ratios
 
 
-@cache
-def _triton():
-    """The module of Triton kernels, or None without triton; imported at first use, which needs a tensor on CUDA."""
-    try:
-        from vqlib.kernels import cuda
-    except ImportError:
-        return None
-    return cuda
+def _function(
+    name: str, *tensors: Tensor, length: int = 1, candidates: int = 1, written: tuple[Tensor, ...] = ()
+) -> Callable:
+    """The back end's function where it takes sub-vectors of this `length` and so many `candidates`, else the twin's.
 
-
-def _on_cpu(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and _compiled() is not None
-
-
-def _on_cuda(*tensors: Tensor) -> bool:
-    same = all(t.is_cuda and t.dtype == torch.float32 and t.device == tensors[0].device for t in tensors)
-    return same and _triton() is not None
-
-
-def _array(tensor: Tensor):
-    return tensor.detach().contiguous().numpy()
+    `tensors` are all that the function reads; those of floats have to be float32, those it writes contiguous.
+    """
+    device = tensors[0].device
+    fused = back_end(device.type)
+    fits = fused is not None and length <= fused.MAX_LENGTH and candidates <= fused.MAX_CANDIDATES
+    fits = fits and all(t.device == device and t.dtype in (torch.float32, *reference.INDEX_TYPES) for t in tensors)
+    fits = fits and all(t.is_contiguous() for t in written)
+    return getattr(fused, name, None) or getattr(reference, name) if fits else getattr(reference, name)
 
 
 def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +73,7 @@ def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
     """Index of the nearest codeword of every point; the first of equals. [N, d], [k, d] -> int64 [N]."""
     x, codewords = _pair(x, codewords)
-    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
-        return torch.from_numpy(_compiled()[0].assign(_array(x), _array(codewords)))
-    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
-        return _triton().assign(x, codewords)
-    return reference.assign(x, codewords)
+    return _function("assign", x, codewords, length=x.shape[1])(x, codewords)
 
 
 def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
@@ -88,39 +81,13 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     x, codewords = _pair(x, codewords)
     if not 1 <= n <= len(codewords):
         raise ValueError(f"n={n} candidates asked for, but the codebook has k={len(codewords)} codewords")
-    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
-        return torch.from_numpy(_compiled()[0].nearest(_array(x), _array(codewords), n))
-    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
-        return _triton().nearest(x, codewords, n)
-    return reference.nearest(x, codewords, n)
+    return _function("nearest", x, codewords, length=x.shape[1])(x, codewords, n)
 
 
 def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
     """A k-means pass: assign every point, add it up per codeword in float64. [N, d], [k, d] -> [k, d], [k], [k]."""
     x, codewords = _pair(x, codewords)
-    if _on_cpu(x) and x.shape[1] <= _compiled()[0].MAX_LENGTH:
-        return ClusterSums(*map(torch.from_numpy, _compiled()[0].cluster_sums(_array(x), _array(codewords))))
-    if _on_cuda(x) and x.shape[1] <= _triton().MAX_LENGTH:
-        return reference.cluster_sums(x, codewords, _triton().assign)
-    return reference.cluster_sums(x, codewords)
-
-
-class _SoftReconstruct(torch.autograd.Function):
-    """Fused forward and backward on the CPU; keeps nothing but its inputs."""
-
-    @staticmethod
-    def forward(ctx, codewords, candidates, logits):
-        ctx.save_for_backward(codewords, candidates, logits)
-        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
-        return torch.from_numpy(_compiled()[1].forward(*arrays))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        codewords, candidates, logits = ctx.saved_tensors
-        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
-        grad_codewords, grad_logits = _compiled()[1].backward(*arrays, _array(grad))
-        return torch.from_numpy(grad_codewords), None, None if logits is None else torch.from_numpy(grad_logits)
+    return _function("cluster_sums", x, codewords, length=x.shape[1])(x, codewords)
 
 
 def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
@@ -133,71 +100,40 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     if (logits is None and n != 1) or (logits is not None and logits.shape != candidates.shape):
         shape = None if logits is None else list(logits.shape)
         raise ValueError(f"logits {shape} do not fit candidates [{count}, {n}]; None is allowed for n = 1 only")
-    floats = (codewords,) if logits is None else (codewords, logits)
-    if _on_cpu(*floats) and candidates.device.type == "cpu":
-        if codewords.shape[1] <= _compiled()[1].MAX_LENGTH and n <= _compiled()[1].MAX_CANDIDATES:
-            return _SoftReconstruct.apply(codewords, candidates, logits)
-    if _on_cuda(*floats) and _triton().mixes(codewords, candidates):
-        return _triton().soft_reconstruct(codewords, candidates, logits)
-    return reference.soft_reconstruct(codewords, candidates, logits)
+    read = (codewords, candidates) if logits is None else (codewords, candidates, logits)
+    chosen = _function("soft_reconstruct", *read, length=codewords.shape[1], candidates=n)
+    return chosen(codewords, candidates, logits)
 
 
-class _RatioLoss(torch.autograd.Function):
-    """Value and gradient in one pass; the gradient waits for the backward pass to be scaled."""
-
-    @staticmethod
-    def forward(ctx, logits, kind):
-        grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        value = _compiled()[2].add_loss(_array(logits), kind == "absolute", 1.0, grad.numpy())
-        ctx.save_for_backward(grad)
-        return torch.tensor(value, dtype=torch.float32)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale, None
-
-
+@torch.no_grad()
 def ratio_loss(kind: str, logits: Tensor) -> Tensor:
-    """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"): [N, n] -> scalar."""
-    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
-        return _RatioLoss.apply(logits, kind)
-    return reference.ratio_loss(kind, logits)
+    """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"): [N, n] -> scalar, no graph."""
+    return _function("ratio_loss", logits, candidates=logits.shape[1])(kind, logits.detach())
 
 
 @torch.no_grad()
 def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -> None:
     """grad += weight · d `ratio_loss(kind, logits)` / d logits, in place and in one pass; both [N, n]."""
-    logits = logits.detach()
-    if _on_cpu(logits, grad) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES and grad.is_contiguous():
-        _compiled()[2].add_loss(_array(logits), kind == "absolute", weight, grad.numpy())
-    else:
-        reference.add_ratio_gradient(kind, logits, grad, weight)
+    chosen = _function("add_ratio_gradient", logits, grad, candidates=logits.shape[1], written=(grad,))
+    chosen(kind, logits.detach(), grad, weight)
 
 
 @torch.no_grad()
 def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
     """v ← αv + (1 − α)g², x ← x − rate·g / (√v + eps): RMSprop on `values` and `squares`, in place."""
     values = values.detach()
-    if _on_cpu(values, grad, squares) and values.is_contiguous() and squares.is_contiguous():
-        _compiled()[2].rmsprop(values.numpy(), _array(grad), squares.numpy(), rate, smoothing, eps)
-    else:
-        reference.rmsprop_step(values, grad, squares, rate, smoothing, eps)
+    chosen = _function("rmsprop_step", values, grad, squares, written=(values, squares))
+    chosen(values, grad, squares, rate, smoothing, eps)
 
 
 def largest_ratios(logits: Tensor) -> Tensor:
     """The largest ratio of every sub-vector, max softmax(logits): [N, n] -> [N]."""
-    logits = logits.detach()
-    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES:
-        return torch.from_numpy(_compiled()[2].largest(_array(logits)))
-    return reference.largest_ratios(logits)
+    return _function("largest_ratios", logits, candidates=logits.shape[1])(logits.detach())
 
 
 def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
     """How many of k codewords some sub-vector has chosen: integer [N, n], position of the chosen one uint8 [N]."""
-    if candidates.device.type == "cpu" and _compiled() is not None:
-        return _compiled()[2].used_codewords(_array(candidates), _array(winners), k)
-    return reference.used_codewords(candidates, winners, k)
+    return _function("used_codewords", candidates, winners)(candidates, winners, k)
 
 
 @torch.no_grad()
@@ -207,8 +143,13 @@ def settle_ratios(logits: Tensor, threshold: float = 0.99, freeze: bool = False)
     Freezing changes `logits` in place, and the statistics are those before it.
     """
     logits = logits.detach()
-    if _on_cpu(logits) and logits.shape[1] <= _compiled()[1].MAX_CANDIDATES and logits.is_contiguous():
-        histogram, sums, winners = _compiled()[2].settle(logits.numpy(), threshold, freeze)
-        means = (sums / max(len(logits), 1)).tolist()
-        return RatioStatistics(torch.from_numpy(histogram), *means, torch.from_numpy(winners))
-    return reference.settle_ratios(logits, threshold, freeze)
+    chosen = _function("settle_ratios", logits, candidates=logits.shape[1], written=(logits,))
+    return chosen(logits, threshold, freeze)
+
+
+def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
+    """out[i] = table[code i], of any floating type: uint8 [ceil(N·bits/8)] as `bits.pack_codes` makes them, [k, d] -> `out` [N, d].
+
+    ValueError for sizes or types that do not fit together.
+    """
+    return _function("gather", codes)(codes, code_bits, table, out)

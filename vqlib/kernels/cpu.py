@@ -1,170 +1,76 @@
-"""Assignment and k-means sums on the CPU, compiled by numba once for each sub-vector length d.
+"""The CPU's back end: float32 tensors in, numba's loops over their memory; results do not depend on the number of threads."""
 
-A block of 256 points lies transposed, [d, 256], in the first-level cache, so one vector register holds one coordinate
-of 8 or 16 points and the search runs in every lane at once: score x·c − ½‖c‖², compare, select. A strict comparison
-keeps the first of equal codewords. Four codewords are unrolled per sweep over the block (more spill out of the
-registers); the codebook is padded to a multiple of four with codewords whose score is −inf. `contract` (fused
-multiply-add) is the only floating-point freedom given to the compiler.
+import torch
+from torch import Tensor
 
-Every function learns d while it is compiled, from the length of the tuple `unit`, and so unrolls its loops over
-coordinates. Buffers of a block are flat, row * 256 + b: with constant distances between rows the compiler sees that
-they do not overlap.
-"""
+from vqlib.kernels import cpu_gather, cpu_ratios, cpu_search, cpu_soft
+from vqlib.kernels.reference import ClusterSums, RatioStatistics
 
-import numpy as np
-from numba import njit
-
-from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
-
-MAX_LENGTH = 16  # beyond this the unrolled inner loop no longer fits in registers and a matrix product wins
-_UNROLL = 4
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+MAX_LENGTH = min(cpu_search.MAX_LENGTH, cpu_soft.MAX_LENGTH)
+MAX_CANDIDATES = cpu_soft.MAX_CANDIDATES
+gather = cpu_gather.gather
 
 
-@njit(**_OPTIONS)
-def _load(unit, x, start, stop, points):
-    """Transpose one block of points: x [start:stop, d] -> points [d, 256]."""
-    for b in range(stop - start):
-        for j in range(len(unit)):
-            points[j * BLOCK + b] = x[start + b, j]
+def _array(tensor: Tensor):
+    return tensor.detach().contiguous().numpy()
 
 
-@njit(**_OPTIONS)
-def _search(unit, points, table, bias, best, index):
-    """Highest score of each point of a block and the codeword it belongs to: -> best [256], index [256]."""
-    for b in range(BLOCK):
-        best[b] = -np.inf
-        index[b] = 0
-    for first in range(0, table.shape[0], _UNROLL):
-        for b in range(BLOCK):
-            best_score = best[b]
-            best_index = index[b]
-            for u in range(_UNROLL):
-                score = bias[first + u]
-                for j in range(len(unit)):
-                    score += points[j * BLOCK + b] * table[first + u, j]
-                if score > best_score:
-                    best_score = score
-                    best_index = np.int32(first + u)
-            best[b] = best_score
-            index[b] = best_index
+def assign(x: Tensor, codewords: Tensor) -> Tensor:
+    return torch.from_numpy(cpu_search.assign(_array(x), _array(codewords)))
 
 
-@njit(**_OPTIONS)
-def _search_after(unit, points, table, bias, last, last_index, best, index):
-    """The same among codewords that come after a given one: lower score, or equal score and higher index."""
-    for b in range(BLOCK):
-        best[b] = -np.inf
-        index[b] = 0
-    for first in range(0, table.shape[0], _UNROLL):
-        for b in range(BLOCK):
-            best_score = best[b]
-            best_index = index[b]
-            for u in range(_UNROLL):
-                score = bias[first + u]
-                for j in range(len(unit)):
-                    score += points[j * BLOCK + b] * table[first + u, j]
-                later = (score < last[b]) | ((score == last[b]) & (np.int32(first + u) > last_index[b]))
-                if later & (score > best_score):
-                    best_score = score
-                    best_index = np.int32(first + u)
-            best[b] = best_score
-            index[b] = best_index
+def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
+    return torch.from_numpy(cpu_search.nearest(_array(x), _array(codewords), n))
 
 
-@njit(**_OPTIONS)
-def _assign_range(unit, x, start, stop, table, bias, codes):
-    points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
-    best = np.empty(BLOCK, dtype=np.float32)
-    index = np.empty(BLOCK, dtype=np.int32)
-    for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        _load(unit, x, low, high, points)
-        _search(unit, points, table, bias, best, index)
-        for b in range(high - low):
-            codes[low + b] = index[b]
+def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
+    return ClusterSums(*map(torch.from_numpy, cpu_search.cluster_sums(_array(x), _array(codewords))))
 
 
-@njit(**_OPTIONS)
-def _sums_range(unit, x, start, stop, table, bias, sums, counts, squares):
-    points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
-    best = np.empty(BLOCK, dtype=np.float32)
-    index = np.empty(BLOCK, dtype=np.int32)
-    for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        _load(unit, x, low, high, points)
-        _search(unit, points, table, bias, best, index)
-        for b in range(high - low):
-            code = index[b]
-            square = 0.0
-            for j in range(len(unit)):
-                value = np.float64(points[j * BLOCK + b])
-                sums[code, j] += value
-                square += value * value
-            counts[code] += 1
-            squares[code] += square
+class _SoftReconstruct(torch.autograd.Function):
+    """Fused forward and backward; keeps nothing but its inputs."""
+
+    @staticmethod
+    def forward(ctx, codewords, candidates, logits):
+        ctx.save_for_backward(codewords, candidates, logits)
+        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
+        return torch.from_numpy(cpu_soft.forward(*arrays))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        codewords, candidates, logits = ctx.saved_tensors
+        arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
+        grad_codewords, grad_logits = cpu_soft.backward(*arrays, _array(grad))
+        return torch.from_numpy(grad_codewords), None, None if logits is None else torch.from_numpy(grad_logits)
 
 
-@njit(**_OPTIONS)
-def _nearest_range(unit, x, start, stop, table, bias, found):
-    points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
-    scores = np.empty((2, BLOCK), dtype=np.float32)  # of the candidate before, of this one
-    index = np.empty((2, BLOCK), dtype=np.int32)
-    for low in range(start, stop, BLOCK):
-        high = min(low + BLOCK, stop)
-        _load(unit, x, low, high, points)
-        scores[1] = np.inf
-        index[1] = -1
-        for t in range(found.shape[1]):
-            scores[0] = scores[1]
-            index[0] = index[1]
-            _search_after(unit, points, table, bias, scores[0], index[0], scores[1], index[1])
-            for b in range(high - low):
-                found[low + b, t] = index[1, b]
+def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
+    return _SoftReconstruct.apply(codewords, candidates, logits)
 
 
-def _padded(codewords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codewords padded to a multiple of four, and −½‖c‖² of each: [k, d] -> [k', d], [k']."""
-    k, d = codewords.shape
-    rows = -(-k // _UNROLL) * _UNROLL
-    table = np.zeros((rows, d), dtype=np.float32)
-    table[:k] = codewords
-    bias = np.full(rows, -np.inf, dtype=np.float32)
-    bias[:k] = -0.5 * np.square(codewords.astype(np.float64)).sum(axis=1)
-    return table, bias
+def ratio_loss(kind: str, logits: Tensor) -> Tensor:
+    value = cpu_ratios.add_loss(_array(logits), kind == "absolute", 0.0, _array(torch.zeros_like(logits)))
+    return torch.tensor(value, dtype=torch.float32)
 
 
-def assign(x: np.ndarray, codewords: np.ndarray) -> np.ndarray:
-    """Index of the nearest codeword of every point: float32 [N, d], [k, d] -> int64 [N]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
-    codes = np.empty(len(x), dtype=np.int64)
-    run_chunks(len(x), chunk_size(len(x)), lambda _, low, high: _assign_range(unit, x, low, high, table, bias, codes))
-    return codes
+def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -> None:
+    cpu_ratios.add_loss(_array(logits), kind == "absolute", weight, grad.numpy())
 
 
-def nearest(x: np.ndarray, codewords: np.ndarray, n: int) -> np.ndarray:
-    """Indices of the n nearest codewords, nearest first: float32 [N, d], [k, d] -> int64 [N, n]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
-    found = np.empty((len(x), n), dtype=np.int64)
-    run_chunks(len(x), chunk_size(len(x)), lambda _, low, high: _nearest_range(unit, x, low, high, table, bias, found))
-    return found
+def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
+    cpu_ratios.rmsprop(values.numpy(), _array(grad), squares.numpy(), rate, smoothing, eps)
 
 
-def cluster_sums(x: np.ndarray, codewords: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums, counts and squared norms of each codeword's points: -> float64 [k, d], int64 [k], float64 [k]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
-    (k, d), rows = codewords.shape, len(table)
-    size = chunk_size(len(x), partial_bytes=8 * rows * (d + 2))
-    chunks = -(-len(x) // size)
-    sums = np.zeros((chunks, rows, d))
-    counts = np.zeros((chunks, rows), dtype=np.int64)
-    squares = np.zeros((chunks, rows))
+def largest_ratios(logits: Tensor) -> Tensor:
+    return torch.from_numpy(cpu_ratios.largest(_array(logits)))
 
-    def work(chunk: int, low: int, high: int) -> None:
-        _sums_range(unit, x, low, high, table, bias, sums[chunk], counts[chunk], squares[chunk])
 
-    run_chunks(len(x), size, work)
-    return sums.sum(axis=0)[:k], counts.sum(axis=0)[:k], squares.sum(axis=0)[:k]
+def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
+    return cpu_ratios.used_codewords(_array(candidates), _array(winners), k)
+
+
+def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatistics:
+    histogram, sums, winners = cpu_ratios.settle(logits.numpy(), threshold, freeze)
+    means = (sums / max(len(logits), 1)).tolist()
+    return RatioStatistics(torch.from_numpy(histogram), *means, torch.from_numpy(winners))

@@ -57,31 +57,31 @@ def _copy_bits(unit, codes, bits, table, out, start, stop):
             out[place + np.uint64(j)] = table[row + np.uint64(j)]
 
 
-def gather(codes: Tensor, bits: int, table: Tensor, out: Tensor) -> Tensor:
+def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
     """out[i] = table[code i]: uint8 [ceil(N·bits/8)] packed as in `vqlib.kernels.bits`, [k, d] -> `out` [N, d].
 
     A code that names no codeword gives zeros. ValueError for sizes or types that do not fit together.
     """
     (count, d), (k, length) = out.shape, table.shape
-    if codes.shape != (packed_size(count, bits),) or d != length or out.dtype != table.dtype or k > 1 << bits:
+    if codes.shape != (packed_size(count, code_bits),) or d != length or out.dtype != table.dtype or k > 1 << code_bits:
         raise ValueError(
-            f"{codes.numel()} bytes of {bits}-bit codes and a {table.dtype} codebook [{k}, {length}] "
+            f"{codes.numel()} bytes of {code_bits}-bit codes and a {table.dtype} codebook [{k}, {length}] "
             f"do not fill {out.dtype} [{count}, {d}]"
         )
     if not out.is_contiguous():
         raise ValueError(f"out [{count}, {d}] has strides {out.stride()}; it must be contiguous")
-    if k < 1 << bits:
-        table = torch.nn.functional.pad(table, (0, 0, 0, (1 << bits) - k))  # whatever a code says, it stays inside
+    if k < 1 << code_bits:
+        table = torch.nn.functional.pad(table, (0, 0, 0, (1 << code_bits) - k))  # whatever a code says, it stays inside
     size = d * table.element_size()
     width = next(width for width in _WORDS if size % width == 0)
     source, words, target = codes.numpy(), _words(table.contiguous(), width), _words(out, width)
     unit = (0,) * (size // width)
 
     def work(_: int, start: int, stop: int) -> None:
-        if bits == 8:
+        if code_bits == 8:
             _copy_bytes(unit, source, words, target, start, stop)
         else:
-            _copy_bits(unit, source, bits, words, target, start, stop)
+            _copy_bits(unit, source, code_bits, words, target, start, stop)
 
     if count <= _ALONE:
         work(0, 0, count)

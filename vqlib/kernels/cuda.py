@@ -2,7 +2,7 @@
 
 Each kernel is the fused form of a function of `reference`: no [N, k] scores and no [N, n, d] candidates exist outside
 the registers. Rows are counted in int64, because N·d and N·n of a whole model pass 2³¹. `kernels` gives them float32
-tensors of one CUDA device; what lies beyond `MAX_LENGTH`, `MAX_CANDIDATES` and `mixes` goes to the twins.
+tensors of one CUDA device; what lies beyond `MAX_LENGTH` and `MAX_CANDIDATES` goes to the twins.
 
 Searches and the forward pass repeat bit for bit. The codebook's gradient is added up atomically, in an order that
 differs from run to run, and so do its last bits; under torch.use_deterministic_algorithms(True) the twin takes over.
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqlib.kernels import reference
+
 MAX_LENGTH = 16  # a thread of the search keeps all coordinates of its points in registers
 MAX_CANDIDATES = 16
-INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch lacks minima of the others
 
 _CODES = tl.constexpr(32)  # codewords of a program's score tile
 _POINTS = 32  # its points, 8 a thread
@@ -157,13 +158,6 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     return found
 
 
-def mixes(codewords: Tensor, candidates: Tensor) -> bool:
-    """Whether `soft_reconstruct` takes these shapes, types and devices, and may add up in any order."""
-    fits = codewords.shape[1] <= MAX_LENGTH and candidates.shape[1] <= MAX_CANDIDATES
-    fits = fits and candidates.device == codewords.device and candidates.dtype in INDEX_TYPES
-    return fits and not torch.are_deterministic_algorithms_enabled()
-
-
 def check_candidates(candidates: Tensor, k: int) -> None:
     """IndexError, with its row, for a candidate [N, n] outside a codebook of k: a kernel would read past its end.
 
@@ -177,6 +171,11 @@ def check_candidates(candidates: Tensor, k: int) -> None:
         outside = int(((codes < 0) | (codes >= k)).any(dim=1).int().argmax())
         row = codes[outside].tolist()
         raise IndexError(f"candidates {row} of sub-vector {outside} are not all in 0..{k - 1}, the codebook has k={k}")
+
+
+def cluster_sums(x: Tensor, codewords: Tensor) -> reference.ClusterSums:
+    """The twin's sums over the codes of this search: float32 [N, d], [k, d] -> [k, d], [k], [k]."""
+    return reference.cluster_sums(x, codewords, assign)
 
 
 def soft_sizes(d: int, n: int, soft: bool) -> dict[str, int | bool]:
@@ -239,4 +238,6 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
 
     float32 [k, d], integer [N, n], float32 [N, n] or None (n = 1) -> float32 [N, d]; IndexError as `check_candidates`.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return reference.soft_reconstruct(codewords, candidates, logits)
     return _SoftReconstruct.apply(codewords, candidates, logits)

@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqlib.kernels.bits import CHUNK, unpack_range
+
 _SCORES_PER_CHUNK = 1 << 24  # elements of the [chunk, k] score matrix: 64 MiB in float32
 HISTOGRAM_BINS = 20
+INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch lacks minima of the others
 FROZEN_LOGIT = -1e4  # exp(−1e4) is exactly 0 in float32: the ratios of a frozen sub-vector are exactly one-hot
 
 
@@ -149,3 +152,11 @@ def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatis
             frozen = torch.full_like(logs, FROZEN_LOGIT).scatter_(1, winner[:, None], 0.0)
             logits[part] = torch.where(above[:, None], frozen.to(logits.dtype), logits[part])
     return RatioStatistics(histogram, *(sums / max(count, 1)).tolist(), winners)
+
+
+def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
+    """out[i] = table[code i], a chunk of codes at a time: uint8, [k, d] -> [N, d]."""
+    for start in range(0, len(out), CHUNK):
+        stop = min(start + CHUNK, len(out))
+        torch.index_select(table, 0, unpack_range(codes, code_bits, start, stop), out=out[start:stop])
+    return out

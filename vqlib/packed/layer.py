@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from vqlib.kernels.bits import CHUNK, bits_for, pack_codes, packed_size, unpack_codes, unpack_range
+from vqlib import kernels
+from vqlib.kernels.bits import bits_for, pack_codes, packed_size, unpack_codes, unpack_range
 from vqlib.kernels.products import linear
 
 
@@ -38,9 +38,9 @@ class VQLinear(nn.Module):
         if d < 1 or in_features % d:
             raise ValueError(f"in_features {in_features} is not divisible by d={d}")
         self.in_features, self.out_features, self.d, self.k = in_features, out_features, d, k
-        self.bits = bits_for(k)
+        self.code_bits = bits_for(k)
         self.count = out_features * in_features // d
-        size = packed_size(self.count, self.bits)
+        size = packed_size(self.count, self.code_bits)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8, device=device))
         self.register_buffer("codebook", torch.zeros(k, d, dtype=codebook_dtype, device=device))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
@@ -74,7 +74,7 @@ class VQLinear(nn.Module):
             raise ValueError(
                 f"assignments {int(assignments.min())} … {int(assignments.max())} reach outside k={k} codewords"
             )
-        layer.codes = pack_codes(assignments.detach(), layer.bits).to(codewords.device)
+        layer.codes = pack_codes(assignments.detach(), layer.code_bits).to(codewords.device)
         layer.codebook = codewords.detach() if codewords.requires_grad else codewords
         layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=codewords.device).detach().reshape(())
         layer.bias = None if bias is None else bias.detach().clone()
@@ -88,7 +88,7 @@ class VQLinear(nn.Module):
 
     def assignments(self) -> Tensor:
         """The unpacked codes A, int64 [N]."""
-        return unpack_codes(self.codes, self.bits, self.count)
+        return unpack_codes(self.codes, self.code_bits, self.count)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight scale · C[A], [out, in], in the codebook's dtype unless another is asked for."""
@@ -131,19 +131,13 @@ class VQLinear(nn.Module):
         shape = self.out_features, self.in_features
         if torch.compiler.is_compiling():
             table = (self.codebook.float() * self.scale).to(dtype)
-            codes = unpack_range(self.codes, self.bits, 0, self.count)
+            codes = unpack_range(self.codes, self.code_bits, 0, self.count)
             return table.index_select(0, codes).view(shape)  # [N] -> [out, in]
         with torch.no_grad():
             table = self._table(dtype)
             flat = torch.empty(self.count * self.d, dtype=dtype, device=table.device) if out is None else out
             rows = flat.view(self.count, self.d)
-            if table.device.type == "cpu" and _cpu_packed() is not None:
-                return _cpu_packed().gather(self.codes, self.bits, table, rows).view(shape)
-            for start in range(0, self.count, CHUNK):
-                stop = min(start + CHUNK, self.count)
-                codes = unpack_range(self.codes, self.bits, start, stop)
-                torch.index_select(table, 0, codes, out=rows[start:stop])
-            return rows.view(shape)  # [N, d] -> [out, in]
+            return kernels.gather(self.codes, self.code_bits, table, rows).view(shape)  # [N, d] -> [out, in]
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         """scale · C in `dtype`, [k, d]; rounded once, before the gather."""
@@ -162,16 +156,6 @@ class VQLinear(nn.Module):
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
         return self
-
-
-@cache
-def _cpu_packed():
-    """The compiled kernel, or None without numba; imported at first use to keep imports fast."""
-    try:
-        from vqlib.kernels import cpu_gather as cpu_packed
-    except ImportError:
-        return None
-    return cpu_packed
 
 
 _buffers = threading.local()
