@@ -21,7 +21,6 @@ def test_the_default_is_dit_xl_2():
     assert xl.parameters / 1e6 == pytest.approx(674.8, abs=0.1)
     assert xl.parameters_in_memory / 1e6 == pytest.approx(749.8, abs=0.1)
     assert xl.depth * xl.block_weights / 1e6 == pytest.approx(668.9, abs=0.1)
-    assert xl.sub_vectors(4) / 1e6 == pytest.approx(167.2, abs=0.1)
     assert xl.flops() / 1e12 == pytest.approx(0.237, abs=0.003)
 
 

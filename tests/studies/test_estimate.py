@@ -42,11 +42,38 @@ def test_the_disk_is_that_of_a_real_run(estimated, tmp_path):
     assert estimated.disk["calibration"] == pytest.approx(2 * state + file.stat().st_size, rel=0.3)
 
 
-def test_twice_the_work_takes_about_twice_as_long_and_more_memory(estimated):
-    more = estimate(tiny.pipeline(), JOB.with_settings({"calibration.iterations": 6000, "images": 4000}))
-    assert more.seconds["calibration"] > 50 * estimated.seconds["calibration"]
-    assert more.seconds["sampling"] > 50 * estimated.seconds["sampling"]
-    assert more.disk["sampling"] == 1000 * estimated.disk["sampling"]
+class Steps:
+    """A probe of known seconds in place of a measured one."""
+
+    seconds, checkpoint, teacher, state, optimizer = 2.0, 0.5, 0.25, 1000, 100
+
+    def __init__(self, *_):
+        pass
+
+
+def test_seconds_are_those_of_the_probe_times_the_work(monkeypatch):
+    """Two blocks of two are probed; every timed call takes 3 s, so the sums can be made by hand."""
+    monkeypatch.setattr(module, "_Steps", Steps)
+    monkeypatch.setattr(module, "_timed", lambda call, device: (3.0, call()))
+    job = JOB.with_settings({"calibration.checkpoint_every": 4, "sampling.batch_size": 4, "images": 8})
+    found = estimate(tiny.pipeline(), job).seconds
+    moves = (2 - 1) * 4 // 2  # image 1 of 2 is brought half of 4 timesteps ahead
+    assert found["calibration"] == pytest.approx(
+        6 * 2.0 + 2 * 0.5 + moves * 0.25
+    )  # steps, checkpoints at 4 and 6, moves
+    forwards = 8 * 2 * 2 / 8  # images, halves and steps by the rows of the forward that was timed
+    assert found["sampling"] == pytest.approx(forwards * 3.0 + 8 / 8 * 3.0)  # and one decoding of 8
+    assert found["codebooks"] == pytest.approx(3.0)
+    quarter = estimate(Geometry(hidden=64, heads=1, depth=8, sample_size=4, classes=3), job)
+    monkeypatch.setattr(module, "PROBE_WEIGHTS", 2.5 * 18 * 64 * 64)  # two blocks of the eight
+    assert (
+        estimate(Geometry(hidden=64, heads=1, depth=8, sample_size=4, classes=3), job).seconds["codebooks"] == 4 * 3.0
+    )
+    assert quarter.seconds["codebooks"] == 3.0
+
+
+def test_the_disk_of_sampling_is_that_of_the_images(estimated):
+    assert estimated.disk["sampling"] == 4 * 1 * 32 * 32
 
 
 def test_a_geometry_alone_needs_no_weights_and_leaves_random_numbers_alone(monkeypatch):

@@ -109,10 +109,6 @@ class Geometry:
         attention = 2 * self.tokens**2 * self.hidden
         return 2.0 * rows * self.depth * (self.tokens * per_token + attention + 6 * self.hidden**2)
 
-    def sub_vectors(self, d: int) -> int:
-        """Sub-vectors of length d in all quantized linears."""
-        return self.depth * self.block_weights // d
-
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
         layers = self.depth * len(self.linears())

@@ -23,6 +23,7 @@ from vqlib.studies.ablation_settings import Setting
 from vqlib.studies.experiments import content_key, measure, packed_model, reference_fingerprint
 from vqlib.system.files import write_bytes
 from vqlib.system.fingerprint import fingerprint
+from vqlib.system.memory import device_label
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,12 @@ class Ablation:
     @cached_property
     def _shared(self) -> dict[str, str]:
         source, vae = fingerprint(self.pipe.transformer), fingerprint(self.pipe.vae)
-        return {"source": source, "vae": vae, "reference": reference_fingerprint(load_reference(self.reference))}
+        return {
+            "device": device_label(self.pipe.device),
+            "source": source,
+            "vae": vae,
+            "reference": reference_fingerprint(load_reference(self.reference)),
+        }
 
     def _conditions(self, setting: Setting, seed: int) -> dict:
         calibration = setting.calibration and setting.calibration.replace(seed=seed).to_dict()

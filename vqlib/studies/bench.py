@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from vqlib.studies.paper_table import FULL_PRECISION, PAPER
 from vqlib.studies.table_rows import Row, TableConfig
 from vqlib.system.files import write_bytes
 from vqlib.system.fingerprint import fingerprint
+from vqlib.system.memory import device_label
 
 GROUP_SIZES = {2: 32, 3: 64, 4: 64}  # bits -> weights a scale: uniform methods store at least as many bits as VQ
 
@@ -46,9 +46,13 @@ class Bench:
                     f"{row.method} at {row.bits} bits: a group's size is known for {list(GROUP_SIZES)} bits"
                 )
         self.config, self.folder = config, Path(folder)
-        self.pipe = pipe or pipeline.load(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = pipe or pipeline.load(config.model, device="auto")
         source = {"transformer": fingerprint(self.pipe.transformer), "vae": fingerprint(self.pipe.vae)}
-        self._shared = source | {"reference": reference_fingerprint(load_reference(config.reference))}
+        self._shared = (
+            source
+            | {"device": device_label(self.pipe.device)}
+            | {"reference": reference_fingerprint(load_reference(config.reference))}
+        )
 
     @cached_property
     def hessians(self) -> dict[str, Tensor]:

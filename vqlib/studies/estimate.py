@@ -229,7 +229,7 @@ def _packed(geometry: Geometry, vq: VQConfig) -> int:
 
 
 def _checkpoints(config: CalibrationConfig) -> int:
-    return -(-config.iterations // (config.checkpoint_every or config.iterations))
+    return 1 + -(-config.iterations // (config.checkpoint_every or config.iterations))  # the start is kept, too
 
 
 def _moves(config: CalibrationConfig) -> int:

@@ -27,6 +27,7 @@ from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import fitting_layers, quantize
 from vqlib.system.files import write_bytes, write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
+from vqlib.system.memory import device_label
 
 
 def reference_fingerprint(reference: Reference) -> str:
@@ -57,7 +58,7 @@ def measure(
     sampling = sampling or SamplingConfig()
     conditions = sampling.to_dict() | {"images": images, "first_seed": first_seed, "bootstrap": bootstrap}
     conditions |= {"reference": reference_fingerprint(load_reference(reference))}
-    conditions |= {"model": fingerprint(model), "vae": fingerprint(pipe.vae)}
+    conditions |= {"model": fingerprint(model), "vae": fingerprint(pipe.vae), "device": device_label(pipe.device)}
     name = content_key(conditions)
     path, samples = Path(folder) / f"{name}.json", Path(folder) / "samples" / name
     if path.exists():

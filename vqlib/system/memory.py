@@ -1,4 +1,4 @@
-"""Memory of the process: keep what glibc would give back to the kernel between forward passes, and read the peak."""
+"""Memory of the process, names of devices: keep what glibc would give back to the kernel between forward passes, and read the peak."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def device_label(device: torch.device | str) -> str:
+    """What a result's key calls a device: "cpu", or the GPU's name; figures of two kinds of device are kept apart."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(torch.device(device).type)

@@ -20,15 +20,13 @@ class Baseline:
     """A transformer of one method and what it takes to store.
 
     bits_per_weight: of the quantized linears' weights, with codebooks or float16 scales and zero points; size_bytes:
-    the whole transformer with that, every other tensor in float16 and copies once; `simulated`: the bytes are counted,
-    but the model holds dense weights.
+    the whole transformer with that, every other tensor in float16 and copies once.
     """
 
     method: str
     model: nn.Module
     bits_per_weight: float
     size_bytes: int
-    simulated: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -37,13 +35,13 @@ def full_precision(transformer: nn.Module) -> Baseline:
     weights = [layer.weight for layer in dit.quantizable(transformer).values()]
     exact = all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights)
     stored = _stored_bytes(transformer, "float16" if exact else "float32")
-    return Baseline("full precision", transformer, 16.0 if exact else 32.0, sum(stored.values()), simulated=False)
+    return Baseline("full precision", transformer, 16.0 if exact else 32.0, sum(stored.values()))
 
 
 def packed(method: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Baseline:
     """A transformer of `VQLinear` layers, counted as its checkpoint stores it."""
     sizes = size_report(model).attrs
-    return Baseline(method, model, sizes["bits_per_weight"], sizes["tensor_bytes"], False, settings or {})
+    return Baseline(method, model, sizes["bits_per_weight"], sizes["tensor_bytes"], settings or {})
 
 
 def uniform(method: str, model: nn.Module, bits: int, group_size: int | None, settings: Mapping[str, Any]) -> Baseline:
@@ -54,7 +52,7 @@ def uniform(method: str, model: nn.Module, bits: int, group_size: int | None, se
     quantized_bits = bits * count + (16 + bits) * groups
     stored = _stored_bytes(model, "float16", without={f"{name}.weight" for name in layers})
     settings = {"bits": bits, "group_size": group_size, **settings}
-    return Baseline(method, model, quantized_bits / count, sum(stored.values()) + quantized_bits // 8, True, settings)
+    return Baseline(method, model, quantized_bits / count, sum(stored.values()) + quantized_bits // 8, settings)
 
 
 def replace_weights(
