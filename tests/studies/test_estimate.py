@@ -59,8 +59,8 @@ def test_seconds_are_those_of_the_probe_times_the_work(monkeypatch):
     found = estimate(tiny.pipeline(), job).seconds
     moves = (2 - 1) * 4 // 2  # image 1 of 2 is brought half of 4 timesteps ahead
     assert found["calibration"] == pytest.approx(
-        6 * 2.0 + 2 * 0.5 + moves * 0.25
-    )  # steps, checkpoints at 4 and 6, moves
+        6 * 2.0 + 3 * 0.5 + moves * 0.25
+    )  # steps, checkpoints at 0, 4 and 6, moves
     forwards = 8 * 2 * 2 / 8  # images, halves and steps by the rows of the forward that was timed
     assert found["sampling"] == pytest.approx(forwards * 3.0 + 8 / 8 * 3.0)  # and one decoding of 8
     assert found["codebooks"] == pytest.approx(3.0)
