@@ -90,3 +90,10 @@ def test_noise_inputs_are_gaussian_at_random_timesteps():
     walk(trajectory, pipe, 1)
     assert trajectory.x.std().item() == pytest.approx(1.0, abs=0.05)
     assert len(trajectory.step.unique()) > 4
+
+
+def test_a_model_in_training_mode_is_refused():
+    pipe = tiny.pipeline()
+    pipe.transformer.train()
+    with pytest.raises(ValueError, match="tiny is in training mode, which drops class labels"):
+        Trajectory(pipe, CalibrationConfig())

@@ -124,3 +124,16 @@ def test_adms_npz_gives_statistics_and_the_size_of_its_images(tmp_path):
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(2048))
     with pytest.raises(ValueError, match="holds mu; a reference needs mu and sigma"):
         load_reference(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "objects"])
+def test_a_damaged_adm_reference_is_named(tmp_path, damage):
+    path = tmp_path / "reference.npz"
+    mean = np.array([{}], dtype=object) if damage == "objects" else np.random.default_rng(0).normal(size=400)
+    np.savez_compressed(path, mu=mean, sigma=np.eye(400))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[200:230] = bytes(30)
+    path.write_bytes(data[:-60] if damage == "cut" else data)
+    with pytest.raises(ValueError, match="reference.npz"):
+        load_reference(path)

@@ -119,3 +119,12 @@ def test_what_is_quantized_already_is_refused():
 def test_a_model_without_a_block_is_refused():
     with pytest.raises(ValueError, match="Linear"):
         quantize(torch.nn.Linear(8, 8), VQConfig(k=16, d=4))
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_values_that_are_not_finite_are_named_with_their_layer(scope, part):
+    transformer = tiny.transformer()
+    getattr(transformer.transformer_blocks[1].attn1.to_k, part).data.view(-1)[3] = torch.inf
+    with pytest.raises(ValueError, match=rf"1 of \d+ values are not finite \(transformer_blocks.1.attn1.to_k.{part}\)"):
+        quantize(transformer, VQConfig(k=16, d=4, codebook_scope=scope))

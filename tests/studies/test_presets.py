@@ -53,3 +53,11 @@ def test_unknown_settings_are_named(key):
 def test_unknown_presets_are_named():
     with pytest.raises(ValueError, match="'dit-xl-2' is not one of dit-xl-2-256-w2"):
         preset("dit-xl-2")
+
+
+@pytest.mark.parametrize(
+    "images, message", [("many", "images='many' is not an integer"), (-3, "images=-3 must be 0 or more")]
+)
+def test_a_count_that_is_none_is_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        preset("dit-mini-fashion-w2").with_settings({"images": images})

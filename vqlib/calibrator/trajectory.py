@@ -35,6 +35,8 @@ class Trajectory:
     """
 
     def __init__(self, pipe: Pipeline, config: CalibrationConfig) -> None:
+        if pipe.transformer.training:
+            raise ValueError(f"{pipe.name} is in training mode, which drops class labels at random; call .eval() first")
         self.config, self.device = config, pipe.device
         self.classes, self.null_class, self.shape = len(pipe.class_names), pipe.null_class, pipe.latent_shape
         self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,12 +197,12 @@ def _load_adm(path: Path) -> Reference:
     members = _npz_members(path)
     if not {"mu", "sigma"} <= members:
         raise ValueError(f"{path} holds {', '.join(sorted(members))}; a reference needs mu and sigma")
-    with np.load(path, allow_pickle=False) as file:
-        values = {
-            key: torch.from_numpy(file[key].astype(np.float64))
-            for key in ("mu", "sigma", "mu_s", "sigma_s")
-            if key in members
-        }
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key in members]
+            values = {key: torch.from_numpy(file[key].astype(np.float64)) for key in found}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as a reference ({error})") from None
     size = None
     if "arr_0" in members:
         first = next(image_blocks(path, 1))

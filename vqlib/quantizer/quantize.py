@@ -70,6 +70,10 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
         raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
     for name, layer in layers.items():
         count = len(split(layer.weight, config.d, name))
+        for part, values in layer.named_parameters():
+            bad = int((~values.isfinite()).sum())
+            if bad:
+                raise ValueError(f"{bad} of {values.numel()} values are not finite ({name}.{part})")
         if count < config.k and config.codebook_scope == "layer":
             raise ValueError(f"{count} sub-vectors are fewer than k={config.k} codewords ({name})")
     return layers

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig, as_integer
 from vqlib.models.geometry import Geometry, Sizes
 from vqlib.models.pipeline import BUNDLED, DATA
 
@@ -30,6 +30,10 @@ class Preset:
     sampling: SamplingConfig
     images: int  # of one table row
     reference: str | None  # of evaluation; None: the user's own file, for ImageNet ADM's .npz
+
+    def __post_init__(self) -> None:
+        if as_integer("images", self.images) < 0:
+            raise ValueError(f"images={self.images} must be 0 or more")
 
     @property
     def sizes(self) -> Sizes:
