@@ -144,9 +144,39 @@ def test_the_vae_may_be_a_folder_of_its_own(file, pipeline_folder):
         lambda w: {"state_dict": w},
         lambda w: {"state_dict": {f"model.{key}": value for key, value in w.items()}, "epoch": 3},
         lambda w: {"model": {key: value * 2 for key, value in w.items()}, "ema": w, "opt": {}},
+        lambda w: {"checkpoint": {"net": {f"module._orig_mod.{key}": value for key, value in w.items()}}},
+        lambda w: {"delta": w, "epoch": 3},
+        lambda w: {key: value * 2 for key, value in w.items()} | {f"ema.{key}": value for key, value in w.items()},
+        lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()} | {"vae.conv_in.weight": torch.zeros(1)}},
+        lambda w: {"model_ema": {"module": w}, "model": {"module": {key: value * 2 for key, value in w.items()}}},
     ],
 )
 def test_the_usual_prefixes_and_nests_are_taken_off(file, wrapped):
     plain = original.read_transformer(file(state_dict(transformer()))).state_dict()
     found = original.read_transformer(file(wrapped(state_dict(transformer())))).state_dict()
     assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+def test_several_models_without_a_moving_average_are_refused_by_their_names(file):
+    weights = state_dict(transformer())
+    with pytest.raises(ValueError, match=r"holds several models \(model\., best\.\)"):
+        original.read_transformer(file({"model": weights, "best": weights}))
+
+
+def test_what_is_no_tensor_of_floats_is_named(file):
+    weights = state_dict(transformer())
+    with pytest.raises(ValueError, match="final_layer.linear.weight is torch.int8"):
+        original.read_transformer(file(weights | {"final_layer.linear.weight": torch.ones(32, 64).to(torch.int8)}))
+
+
+def test_a_file_without_learned_variance_is_refused(file, pipeline_folder):
+    weights = state_dict(transformer())
+    half = {key: weights[key][:16] for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    with pytest.raises(ValueError, match="out_channels 4 for in_channels 4; a learned variance needs 8"):
+        vqlib.load(file(weights | half), vae=pipeline_folder)
+
+
+def test_both_paths_may_start_at_home(file, pipeline_folder, monkeypatch):
+    path = file(state_dict(transformer()))
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert vqlib.load("~/DiT.pt", vae="~/pipeline").latent_shape == (4, 8, 8)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -77,30 +78,39 @@ def changed(folder, target, part, **settings):
     return copy
 
 
+SCHEDULER, TRANSFORMER, VAE = ("scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json")
+
+
 @pytest.mark.parametrize(
     "part, setting, message",
     [
+        (SCHEDULER, {"prediction_type": "v_prediction"}, "prediction_type 'v_prediction' is not supported"),
+        (SCHEDULER, {"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear' is not"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not"),
+        (SCHEDULER, {"thresholding": True}, "thresholding True is not"),
+        (SCHEDULER, {"variance_type": "learned"}, "variance_type 'learned' is not"),
+        (SCHEDULER, {"variance_type": "fixed_large"}, "variance_type 'fixed_large' is not"),
+        (SCHEDULER, {"timestep_spacing": "trailing"}, "timestep_spacing 'trailing' is not"),
+        (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler has no betas"),
+        (SCHEDULER, {"_class_name": "LCMScheduler"}, "scheduler LCMScheduler has no betas of a DDPM"),
+        (SCHEDULER, {"beta_start": -1}, "copy: 1000 betas from -1 to 0.02: need"),
+        (SCHEDULER, {"beta_end": "0.02"}, "1000 betas from 0.0001 to '0.02': need"),
+        (SCHEDULER, {"num_train_timesteps": 10.5}, "num_train_timesteps=10.5 is not an integer"),
+        (TRANSFORMER, {"_class_name": "PixArtTransformer2DModel"}, "the transformer is a PixArt"),
         (
-            "scheduler/scheduler_config.json",
-            {"prediction_type": "v_prediction"},
-            "prediction_type 'v_prediction' is not",
+            TRANSFORMER,
+            {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"},
+            "'ada_norm_single' is not",
         ),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear' is not"),
-        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not"),
-        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding True is not"),
-        (
-            "scheduler/scheduler_config.json",
-            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "scheduler FlowMatchEulerDiscreteScheduler has no betas",
-        ),
-        ("transformer/config.json", {"_class_name": "PixArtTransformer2DModel"}, "the transformer is a PixArt"),
-        (
-            "transformer/config.json",
-            {"out_channels": 4},
-            "out_channels 4 for in_channels 4; a learned variance needs 8",
-        ),
+        (TRANSFORMER, {"out_channels": 4}, "out_channels 4 for in_channels 4; a learned variance needs 8"),
+        (TRANSFORMER, {"num_layers": 1}, r"transformer: transformer_blocks.1.* belongs to no model .* \(19 unexpected"),
+        (TRANSFORMER, {"num_layers": 3}, r"transformer: transformer_blocks.2.* is missing in the weights \(19 missing"),
+        (TRANSFORMER, {"num_embeds_ada_norm": 20}, "copy/transformer: the weights cannot be read"),
+        (VAE, {"_class_name": "AutoencoderTiny"}, "the VAE is a AutoencoderTiny"),
+        (VAE, {"latents_mean": [0, 0, 0, 1]}, r"latents_mean \[0, 0, 0, 1\] is not"),
         ("model_index.json", {"id2label": {"10": "one too many"}}, "id2label names class '10', .* classes 0 … 9"),
+        ("model_index.json", {"id2label": ["a"]}, "id2label is a list"),
     ],
 )
 def test_what_a_folder_says_of_its_model_is_heeded_or_refused_by_name(folder, tmp_path, part, setting, message):
@@ -108,22 +118,74 @@ def test_what_a_folder_says_of_its_model_is_heeded_or_refused_by_name(folder, tm
         vqlib.load(changed(folder, tmp_path / "copy", part, **setting))
 
 
-def test_a_class_table_without_a_row_for_no_class_is_refused(folder, tmp_path):
-    copy, file = shutil.copytree(folder, tmp_path / "copy"), "transformer/diffusion_pytorch_model.safetensors"
-    pipe = vqlib.load(copy)
-    for block in pipe.transformer.transformer_blocks:
+def test_the_hubs_older_class_name_of_a_dit_is_loaded(folder, tmp_path):
+    copy = changed(folder, tmp_path / "copy", TRANSFORMER, _class_name="Transformer2DModel", num_vector_embeds=None)
+    assert torch.equal(
+        vqlib.sample(vqlib.load(copy), [3], [0], steps=2), vqlib.sample(vqlib.load(folder), [3], [0], steps=2)
+    )
+
+
+def test_a_shift_of_the_vaes_latents_is_heeded(folder, tmp_path):
+    plain, pipe = vqlib.load(folder), vqlib.load(changed(folder, tmp_path / "copy", VAE, shift_factor=0.5))
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(pipe.decode(x), plain.vae.decode(x / plain.vae.config.scaling_factor + 0.5).sample)
+
+
+def test_parts_that_do_not_fit_each_other_are_refused_however_they_come(folder):
+    pipe, other = vqlib.load(folder), tiny.transformer()
+    for block in other.transformer_blocks:
         block.norm1.emb.class_embedder.embedding_table = torch.nn.Embedding(10, 32)
     with pytest.raises(ValueError, match="10 rows for 10 classes: the one for no class is missing"):
-        pipeline._require_classes(str(copy / file), pipe.transformer)
+        pipe.with_transformer(other)
+    with pytest.raises(ValueError, match="3 class names for a transformer of 10 classes"):
+        replace(pipe, class_names=tuple("abc"))
+    for change, message in (
+        ({"in_channels": 8}, "out_channels 8 for in_channels 8"),
+        ({"in_channels": 2, "out_channels": 4}, "the VAE has 4"),
+    ):
+        wrong = tiny.transformer()
+        wrong.register_to_config(**change)
+        with pytest.raises(ValueError, match=message):
+            pipe.with_transformer(wrong)
+    assert pipe.with_transformer(torch.nn.DataParallel(tiny.transformer())).latent_shape == (4, 8, 8)
 
 
-def test_a_folder_of_fp16_variants_alone_is_widened(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    for path in copy.rglob("diffusion_pytorch_model.safetensors"):
-        path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    found, plain = vqlib.load(copy).transformer, vqlib.load(folder).transformer
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "ema"])
+@pytest.mark.parametrize("shards", ["", "-00001-of-00001"])
+def test_a_folder_of_one_variant_alone_is_widened(folder, tmp_path, variant, shards):
+    copy, plain = shutil.copytree(folder, tmp_path / "copy"), vqlib.load(folder)
+    for part, model in (("transformer", plain.transformer), ("vae", plain.vae)):
+        (copy / part / "diffusion_pytorch_model.safetensors").unlink()
+        model.save_pretrained(copy / part, variant=variant, max_shard_size="40KB" if shards else "1GB")
+    found = vqlib.load(copy).transformer
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), plain.transformer.parameters(), strict=True))
     assert next(found.parameters()).dtype == torch.float32
+
+
+def test_weights_that_are_absent_ambiguous_or_damaged_are_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match="copy/transformer: the weights cannot be read"):
+        vqlib.load(copy)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="copy/transformer holds no weights"):
+        vqlib.load(copy)
+    for variant in ("ema", "fp16"):
+        file.with_name(f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match="several variants and none plain: ema, fp16"):
+        vqlib.load(copy)
+
+
+@pytest.mark.parametrize(
+    "content, message", [("{", "cannot be read as JSON"), ("[]", "holds a list, expected an object")]
+)
+def test_a_damaged_config_is_named(folder, tmp_path, content, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / SCHEDULER).write_text(content)
+    with pytest.raises(ValueError, match=f"scheduler_config.json {message}"):
+        vqlib.load(copy)
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(folder, tmp_path, monkeypatch):
@@ -147,3 +209,8 @@ def test_a_wrapped_model_has_the_blocks_and_linears_of_the_one_inside():
     for wrapped in (torch.compile(transformer), torch.nn.DataParallel(transformer)):
         assert dit.block_list(wrapped) == dit.block_list(transformer)
         assert dit.quantizable(wrapped) == dit.quantizable(transformer)
+
+
+def test_a_model_without_blocks_is_refused_by_its_class():
+    with pytest.raises(ValueError, match="AutoencoderKL has no linear layer in a list of blocks"):
+        dit.quantizable(tiny.vae())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqlib.config import as_integer
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -24,7 +26,11 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, train_timesteps: int = 1000, start: float = 1e-4, end: float = 2e-2) -> NoiseSchedule:
-        """The linear schedule of Ho et al. (2020), used by DiT: T betas from `start` to `end`."""
+        """The linear schedule of Ho et al. (2020), used by DiT: T betas from `start` to `end`, 0 < start ≤ end < 1."""
+        total = as_integer("num_train_timesteps", train_timesteps)
+        numbers = all(isinstance(beta, (int, float)) for beta in (start, end))
+        if total < 1 or not numbers or not 0.0 < start <= end < 1.0:
+            raise ValueError(f"{total} betas from {start!r} to {end!r}: need at least 1, and 0 < start ≤ end < 1")
         betas = torch.linspace(start, end, train_timesteps, dtype=torch.float64)
         return cls(betas, torch.arange(train_timesteps))
 

@@ -17,9 +17,12 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
 
 
 def block_list(transformer: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks in forward order: the members of its module lists that hold linears."""
+    """The transformer's blocks in forward order: the members of its module lists that hold linears. ValueError: there is none."""
     lists = [child for child in unwrapped(transformer).children() if isinstance(child, nn.ModuleList)]
-    return [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
+    blocks = [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
+    if not blocks:
+        raise ValueError(f"{type(unwrapped(transformer)).__name__} has no linear layer in a list of blocks")
+    return blocks
 
 
 def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:

@@ -1,7 +1,7 @@
 """The original DiT's weights (`DiT-XL-2-256x256.pt`) as a diffusers transformer: names, fused q, k, v, embedders.
 
-The file is a state dict, or a training checkpoint whose `ema` (else `state_dict`, `model`) is one, under any of the usual
-prefixes; it is read with `weights_only=True`.
+The file is a state dict, or a checkpoint that holds one under whatever names and prefixes (`ema.`, `state_dict.`,
+`module.`, …), of several the moving average; it is read with `weights_only=True`.
 The result computes what diffusers computes from the same weights. That is not exactly the original's function:
 diffusers' DiT spaces its timestep frequencies by 127 where the original has 128, and its second LayerNorm adds 1e-5
 where the original has 1e-6.
@@ -13,7 +13,7 @@ import argparse
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,8 +24,7 @@ from torch import Tensor
 # hidden size -> (length of one attention head, blocks) of the published models: S, B, L, XL
 PUBLISHED = {384: (64, 12), 768: (64, 12), 1024: (64, 24), 1152: (72, 28)}
 HEAD = 64  # of any other hidden size
-NESTS = ("ema", "state_dict", "model")  # under which a checkpoint holds its weights; `ema` first, as DiT samples with
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of every key: data parallel, torch.compile, a trainer's attribute
+FIRST = "x_embedder.proj.weight"  # the key by which a DiT is found, under whatever names a checkpoint holds it
 BLOCK = {
     "adaLN_modulation.1": ("norm1.linear",),
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -53,7 +52,7 @@ def read_transformer(path: str | Path) -> DiTTransformer2DModel:
     Raises FileNotFoundError, and ValueError for what is not a DiT's state dict: with the first key that is missing,
     misshapen (both shapes) or unknown.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     weights = _read(path)
     config = _config(weights, path)
     with init_empty_weights():  # the position table is a buffer and stays real
@@ -93,21 +92,40 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever torch stumbles over, the file is at fault
         raise ValueError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from None
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in NESTS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict of tensors")
-    while content and (prefix := next((p for p in PREFIXES if all(str(key).startswith(p) for key in content)), "")):
-        content = {key[len(prefix) :]: value for key, value in content.items()}
-    return content
+    weights = _chosen(dict(_state_dicts(content)), path)
+    for key, value in weights.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{path}: {key} is {kind}, expected a tensor of floats")
+    return weights
+
+
+def _state_dicts(content: Mapping, name: str = "", depth: int = 5) -> Iterator[tuple[str, dict]]:
+    """Every DiT in a checkpoint, by the names and prefixes it is found under, which its keys are then without."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _state_dicts(value, f"{name}{key}.", depth - 1)
+        elif f".{key}".endswith(f".{FIRST}"):
+            prefix = str(key).removesuffix(FIRST)
+            yield name + prefix, {k[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
+
+
+def _chosen(found: dict[str, dict], path: Path) -> dict:
+    """The one there is, or the moving average, which DiT samples with."""
+    average = [name for name in found if "ema" in re.split(r"[._]", name.lower())]
+    names = average if len(found) > 1 else list(found)
+    if not found:
+        raise ValueError(f"{path} is not a DiT's state dict: {FIRST} is missing")
+    if len(names) != 1:
+        raise ValueError(f"{path} holds several models ({', '.join(found)}): which one is meant is not known")
+    return found[names[0]]
 
 
 def _config(weights: Mapping[str, Tensor], path: Path) -> dict:
     """The arguments of DiTTransformer2DModel that the shapes tell; the length of a head is known by the hidden size."""
-    kernel = _get(weights, "x_embedder.proj.weight", 4, path)  # [hidden, channels, patch, patch]
+    kernel = _get(weights, FIRST, 4, path)  # [hidden, channels, patch, patch]
     hidden, channels, patch = kernel.shape[:3]
     head, published_depth = PUBLISHED.get(hidden, (HEAD, None))
     if hidden % head:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from vqlib.models import original
+from vqlib.models import dit, folder, original
 from vqlib.models.ddpm import NoiseSchedule
-from vqlib.models.dit import with_fast_products
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 BUNDLED = "dit-mini-fashion"
@@ -21,13 +19,20 @@ ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"  # the one DiT was trained with; an o
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A class-conditional latent diffusion model: everything sampling and calibration need, in eval mode."""
+    """A class-conditional latent diffusion model: everything sampling and calibration need, in eval mode.
+
+    Raises ValueError where its parts do not fit: no learned variance, no row for "no class", another number of classes or
+    latent channels.
+    """
 
     name: str
     transformer: nn.Module
     vae: AutoencoderKL
     schedule: NoiseSchedule  # the full training schedule, T steps
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _require_fitting(self.name, dit.unwrapped(self.transformer), self.vae, len(self.class_names))
 
     @property
     def null_class(self) -> int:
@@ -37,7 +42,7 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one latent."""
-        config = self.transformer.config
+        config = dit.unwrapped(self.transformer).config
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
@@ -55,7 +60,9 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images float [B, C', H, W], about −1 … 1."""
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        shift = getattr(self.vae.config, "shift_factor", None)
+        return self.vae.decode(latents + shift if shift else latents).sample
 
 
 def load(
@@ -68,15 +75,12 @@ def load(
     the original `DiT-XL-2-256x256.pt`, whose VAE is then the folder or hub id `vae`.
 
     `device`: "cpu", "cuda:1", … or "auto", the GPU where there is one. Weights are widened to float32 unless `dtype` says
-    otherwise; a folder that holds only the fp16 variant serves. Raises FileNotFoundError naming what was looked for where a
+    otherwise; a folder that holds only one variant (fp16, …) serves. Raises FileNotFoundError naming what was looked for where a
     folder is incomplete, ValueError naming the first wrong key of a `.pt` file, a setting of the folder's that is not
     supported, or a device that is not here.
     """
-    device = device_of(device)
-    if str(name).endswith(".pt"):
-        pipe = _load_original(Path(name).expanduser(), vae)
-    else:
-        pipe = _load_folder(name)
+    device, path = device_of(device), Path(name).expanduser()
+    pipe = _load_original(path, vae) if path.suffix == ".pt" or path.is_file() else _load_folder(name)
     return replace(pipe, transformer=pipe.transformer.to(dtype)).to(device)
 
 
@@ -96,125 +100,51 @@ def device_of(name: str | torch.device) -> torch.device:
 
 def _load_folder(name: str | Path) -> Pipeline:
     bundled = DATA / str(name)
-    folder = bundled if bundled.is_dir() else Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else str(name)
-    if folder.is_dir():
-        _require_complete(folder)
+    path = bundled if (bundled / folder.PARTS[0]).is_file() else Path(name).expanduser()
+    source = str(path) if path.is_dir() else str(name)
+    if path.is_dir():
+        folder.require_complete(path)
     elif str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'"
         )
-    require_supported(source, _read_json(source, "transformer/config.json"))
-    schedule = _schedule(source)
-    transformer = DiTTransformer2DModel.from_pretrained(
-        source, subfolder="transformer", **_weights(folder / "transformer")
-    )
-    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **_weights(folder / "vae"))
-    _require_classes(source, transformer)
-    return Pipeline(
-        name=str(name),
-        transformer=with_fast_products(transformer.eval().requires_grad_(False)),
-        vae=vae.eval().requires_grad_(False),
-        schedule=schedule,
-        class_names=_class_names(source, transformer.config.num_embeds_ada_norm),
-    )
-
-
-def _weights(folder: Path) -> dict:
-    """How diffusers is to read a part's weights: widened, and by the fp16 variant where it is the only one."""
-    options = {"torch_dtype": torch.float32}
-    files = {path.name for path in folder.glob("diffusion_pytorch_model*")} if folder.is_dir() else set()
-    plain = any(".fp16." not in name for name in files)
-    return options if plain or not files else options | {"variant": "fp16"}
+    index, *configs, scheduler = (folder.read_json(source, part) for part in folder.PARTS)
+    folder.require_supported(source, *configs)
+    schedule = folder.schedule_of(source, scheduler)
+    transformer = folder.read_model(DiTTransformer2DModel, source, "transformer")
+    names = folder.class_names(source, index, transformer.config.num_embeds_ada_norm)
+    vae = folder.read_model(AutoencoderKL, source, "vae")
+    return Pipeline(str(name), dit.with_fast_products(transformer), vae, schedule, names)
 
 
 def _load_original(path: Path, vae: str | Path) -> Pipeline:
     """A pipeline around an original transformer: DiT's own schedule, classes by number."""
-    transformer = with_fast_products(original.read_transformer(path))
-    subfolder = "vae" if (Path(vae) / "vae" / "config.json").is_file() else None
+    transformer = dit.with_fast_products(original.read_transformer(path))
+    home = Path(vae).expanduser()
+    subfolder = "vae" if (home / "vae" / "config.json").is_file() else None
     try:
-        decoder = AutoencoderKL.from_pretrained(str(vae), subfolder=subfolder, torch_dtype=torch.float32)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        decoder = folder.read_model(AutoencoderKL, str(home) if home.is_dir() else str(vae), subfolder)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path} holds no VAE, and the VAE {str(vae)!r} is neither a folder here nor could it be fetched ({reason}); "
+            f"{path} holds no VAE, and the VAE {str(vae)!r} is neither a folder here nor could it be fetched ({error}); "
             "give vae= a folder with an AutoencoderKL or a whole pipeline"
         ) from None
     names = tuple(str(i) for i in range(transformer.config.num_embeds_ada_norm))
-    decoder = decoder.eval().requires_grad_(False)
     return Pipeline(str(path), transformer, decoder, NoiseSchedule.linear(), names)
 
 
-def _require_complete(folder: Path) -> None:
-    for part in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / part).is_file():
-            raise FileNotFoundError(f"{folder} is not a complete diffusers pipeline: {part} is missing")
-
-
-def _read_json(source: str, part: str) -> dict:
-    path = Path(source) / part
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(source, part))
-    return json.loads(path.read_text())
-
-
-def require_supported(source: str, config: dict) -> None:
-    """Raises ValueError, naming the setting, where a transformer's config.json asks for what is not supported here."""
-    if config.get("_class_name", "DiTTransformer2DModel") != "DiTTransformer2DModel":
+def _require_fitting(name: str, transformer: nn.Module, vae: AutoencoderKL | None, classes: int) -> None:
+    config = transformer.config
+    channels, known = config.in_channels, config.num_embeds_ada_norm
+    folder.require_learned_variance(name, channels, config.out_channels)
+    if classes != known:
+        raise ValueError(f"{name}: {classes} class names for a transformer of {known} classes")
+    for key, module in transformer.named_modules():
+        # Guidance and calibration ask for "no class", the row behind the classes.
+        if key.endswith("class_embedder.embedding_table") and module.num_embeddings != classes + 1:
+            rows = module.num_embeddings
+            raise ValueError(f"{name}: {rows} rows for {classes} classes: the one for no class is missing ({key})")
+    if vae is not None and vae.config.latent_channels != channels:
         raise ValueError(
-            f"{source}: the transformer is a {config['_class_name']}; only DiTTransformer2DModel can be loaded"
+            f"{name}: the VAE has {vae.config.latent_channels} latent channels, the transformer {channels}"
         )
-    channels, out = config.get("in_channels", 4), config.get("out_channels")
-    if out != 2 * channels:
-        raise ValueError(
-            f"{source}: out_channels {out} for in_channels {channels}; a learned variance needs {2 * channels}"
-        )
-    for key, wanted in (("norm_type", "ada_norm_zero"), ("attention_bias", True)):
-        if config.get(key, wanted) != wanted:
-            raise ValueError(f"{source}: {key} {config[key]!r} is not supported, only {wanted!r}")
-
-
-SCHEDULE = {  # what a scheduler's config may ask for beside its betas, and what it then has to be
-    "prediction_type": ("epsilon",),
-    "beta_schedule": ("linear",),
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
-    "thresholding": (False,),
-    "steps_offset": (0,),
-}
-
-
-def _schedule(source: str) -> NoiseSchedule:
-    """The training schedule of a folder; raises ValueError naming the scheduler or the setting that is not supported."""
-    config = _read_json(source, "scheduler/scheduler_config.json")
-    kind = str(config.get("_class_name", "DDPMScheduler"))
-    if "Flow" in kind or not {"num_train_timesteps", "beta_start", "beta_end"} <= config.keys():
-        raise ValueError(
-            f"{source}: scheduler {kind} has no betas (num_train_timesteps, beta_start, beta_end): no DDPM"
-        )
-    for key, allowed in SCHEDULE.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{source}: {key} {config[key]!r} is not supported, only {allowed[0]!r}")
-    return NoiseSchedule.linear(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
-
-
-def _require_classes(source: str, transformer: nn.Module) -> None:
-    """The class table needs a row for "no class" behind the classes: guidance and calibration ask for it."""
-    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
-    classes = transformer.config.num_embeds_ada_norm
-    if table.num_embeddings != classes + 1:
-        raise ValueError(
-            f"{source}: {table.num_embeddings} rows for {classes} classes: the one for no class is missing"
-        )
-
-
-def _class_names(source: str, count: int) -> tuple[str, ...]:
-    labels = _read_json(source, "model_index.json").get("id2label") or {}
-    beyond = [key for key in labels if not str(key).isdigit() or int(key) >= count]
-    if beyond:
-        raise ValueError(
-            f"{source}: id2label names class {beyond[0]!r}, but the transformer has classes 0 … {count - 1}"
-        )
-    return tuple(str(labels.get(str(i), i)) for i in range(count))

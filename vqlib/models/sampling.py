@@ -84,6 +84,20 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
 
 
+def finite(values: Tensor) -> Tensor:
+    """Whether all of an image's values are finite, bool [b] for [b, …]."""
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+def require_finite(good: Tensor, done: int, what: str, labels: list[int], seeds: list[int]) -> None:
+    """Raises FloatingPointError, with the step that spoiled it, for the first image that was finite in fewer than `done`."""
+    counts = good.tolist()  # what is not finite never becomes finite again
+    if min(counts) < done:
+        bad = counts.index(min(counts))
+        what = what.format(min(counts) + 1)
+        raise FloatingPointError(f"{what} are not finite (NaN or infinity): class {labels[bad]}, seed {seeds[bad]}")
+
+
 class _Sampler:
     """What stays the same from batch to batch: the model, the respaced schedule, the settings."""
 
@@ -104,21 +118,17 @@ class _Sampler:
         label = torch.tensor(labels + labels[-1:] * filler, device=self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * filler]
         x = self.noise(generators)
+        good = torch.zeros(len(label), dtype=torch.int32, device=self.device)  # steps after which an image was finite
         for done, index in enumerate(reversed(range(self.config.steps)), start=1):
             step = torch.full((len(label),), index)
             mean, log_variance = self.posterior.predict(self.output(x, label, index), x, step)
             x = mean  # the last step adds no noise
             if index > 0:
                 x = x + (0.5 * log_variance).exp() * self.noise(generators)
-            self.require_finite(x[:count], f"latents after step {done} of {self.config.steps}", labels, seeds)
+            good += finite(x)
+            if self.device.type == "cpu" or index == 0:  # elsewhere a look at every step would wait for the device
+                require_finite(good[:count], done, f"latents after step {{}} of {self.config.steps}", labels, seeds)
             yield done, x[:count]
-
-    @staticmethod
-    def require_finite(values: Tensor, what: str, labels: list[int], seeds: list[int]) -> None:
-        """Raises FloatingPointError naming the first image whose `values` [b, …] are not finite."""
-        if not bool(values.isfinite().all()):
-            bad = int((~values.flatten(1).isfinite().all(dim=1)).nonzero()[0])
-            raise FloatingPointError(f"{what} are not finite (NaN or infinity): class {labels[bad]}, seed {seeds[bad]}")
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """N(0, 1) of shape [B, C, h, w], drawn on the CPU so that a seed means the same image on every device."""
@@ -141,7 +151,7 @@ class _Sampler:
         for part in latents.split(DECODED_AT_ONCE):
             filled = torch.cat([part, part[-1:].expand(DECODED_AT_ONCE - len(part), *part.shape[1:])])
             decoded = self.pipe.decode(filled)[: len(part)]
-            self.require_finite(decoded, "decoded images", labels[done:], seeds[done:])
+            require_finite(finite(decoded).int(), 1, "decoded images", labels[done:], seeds[done:])
             images.append(to_uint8(decoded).cpu())
             done += len(part)
         return torch.cat(images)
