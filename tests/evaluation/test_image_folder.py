@@ -1,5 +1,8 @@
 """A folder's images are the right files, in the right order, with the right pixels, or are refused by name."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -106,4 +109,72 @@ def test_hidden_and_foreign_files_are_no_images_and_other_kinds_of_images_are_re
     assert [path.name for path in image_files(tmp_path)] == ["0.png"]
     saved(tmp_path, "1.tiff", gray)
     with pytest.raises(ValueError, match="1.tiff is an image that is not read here"):
+        image_files(tmp_path)
+
+
+def png(path, pixels, **chunks):
+    """A PNG of 16 bits a channel, [H, W] or [H, W, 3 or 4], which Pillow cannot write."""
+    kind = {2: 0, 3: 2, 4: 6}[pixels.ndim if pixels.ndim == 2 else pixels.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = {"IHDR": struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, kind, 0, 0, 0), **chunks}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with path.open("ab") as file:
+        for name, data in (parts | {"IDAT": zlib.compress(rows), "IEND": b""}).items():
+            body = name.encode() + data
+            file.write(struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body)))
+    return path
+
+
+def test_16_bits_of_color_or_with_a_transparent_gray_are_refused(tmp_path, gray):
+    wide = gray.astype(np.uint16) * 257
+    assert torch.equal(read_image(png(tmp_path / "gray.png", wide)), rgb(gray))
+    color, clear = np.dstack([wide] * 3), struct.pack(">H", int(wide[0, 0]))
+    alpha = np.dstack([wide] * 3 + [np.full_like(wide, 65535)])
+    for path in (
+        png(tmp_path / "color.png", color),
+        png(tmp_path / "rgba.png", alpha),
+        png(tmp_path / "hole.png", wide, tRNS=clear),
+    ):
+        with pytest.raises(ValueError, match=f"{path.name} has 16 bits a channel and color or transparency"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("orientation, turned", [(3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))])
+def test_a_photograph_lies_as_its_exif_says(tmp_path, gray, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(gray).save(tmp_path / "photo.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "photo.png"), rgb(turned(gray).copy()))
+
+
+def test_a_link_that_is_not_followed_is_named(tmp_path, gray):
+    saved(tmp_path / "elsewhere", "0.png", gray)
+    folder = tmp_path / "images"
+    saved(folder, "0.png", gray)
+    (folder / "1.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    assert [path.name for path in image_files(folder)] == ["0.png", "1.png"]
+    for name, target in (("2.png", "absent.png"), ("more", "elsewhere")):
+        (folder / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"{name} is a link to .*{target}, which is not followed"):
+            image_files(folder)
+        (folder / name).unlink()
+
+
+def test_names_whose_order_hangs_on_capitals_are_refused_where_it_counts(tmp_path, gray):
+    for name in ("b1.png", "C2.png"):
+        saved(tmp_path, name, gray)
+    assert [path.name for path in image_files(tmp_path)] == ["C2.png", "b1.png"]
+    with pytest.raises(ValueError, match="C2.png and .*b1.png are in another order without capitals"):
+        image_files(tmp_path, ordered=True)
+
+
+@pytest.mark.parametrize("name", ["x²3.png", "٣.png"])
+def test_digits_of_other_scripts_are_letters(tmp_path, gray, name):
+    saved(tmp_path, name, gray)
+    assert [path.name for path in image_files(tmp_path, ordered=True)] == [name]
+
+
+def test_images_of_kinds_unknown_here_are_refused_too(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match="IMG_1.HEIC is an image that is not read here"):
         image_files(tmp_path)

@@ -69,6 +69,19 @@ def test_blocks_are_full_whatever_the_batches_were(images):
         (lambda x: x[:0], "no images in Tensor"),
         (lambda x: iter([x, x[:, :, :7]]), r"images 23 … 45 are \(3, 7, 6\), the images before are \(3, 8, 6\)"),
         (lambda x: 5, "images of type int"),
+        (lambda x: {"images": x}, "images of type dict"),
+        (lambda x: iter([x, None]), "images from 23 on are NoneType"),
+        (lambda x: iter([x, torch.tensor(3)]), r"images from 23 on are torch.int64 \(\)"),
+        (
+            lambda x: [*x[:3], x[3, :, :7]],
+            r"image 3 is torch.uint8 \(3, 7, 6\), the images before are torch.uint8 \(3, 8, 6\)",
+        ),
+        (lambda x: [*x[:3], x[3] > 9], r"image 3 is torch.bool \(3, 8, 6\)"),
+        (lambda x: [x[0].numpy()], r"image 0 is uint8 \(3, 8, 6\), expected a uint8 tensor"),
+        (lambda x: x.numpy(), r"images 0 … 4 have shape \(5, 6, 3, 8\), expected"),
+        (lambda x: x.numpy().astype(object), "images 0 … 4 are object; metrics need uint8"),
+        (lambda x: x.numpy().astype(">u2"), "images 0 … 4 are >u2; metrics need uint8"),
+        (lambda x: x[:, :, :0], r"shape \(5, 3, 0, 6\)"),
     ],
 )
 def test_what_is_not_an_image_is_refused(images, change, message):
@@ -105,3 +118,15 @@ def test_channels_are_repeated_or_dropped_but_color_is_never_made_grey(images):
     assert torch.equal(fit_channels(grey.repeat(1, 3, 1, 1), 1), grey)
     with pytest.raises(ValueError, match="images are in color"):
         fit_channels(images, 1)
+
+
+def test_a_damaged_npz_is_named_before_or_while_it_is_read(images, tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez_compressed(path, images.permute(0, 2, 3, 1).numpy())
+    whole_file = path.read_bytes()
+    for first in range(80, len(whole_file) - 200, 97):
+        path.write_bytes(
+            whole_file[:first] + bytes(255 - b for b in whole_file[first : first + 5]) + whole_file[first + 5 :]
+        )
+        with pytest.raises(ValueError, match="samples.npz holds no readable images"):
+            whole(path)

@@ -75,8 +75,16 @@ def test_damaged_and_foreign_files_are_refused(extractor, tmp_path):
     save_file({"mean": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="is not a readable reference"):
         load_reference(path)
-    Reference("x", "fashion", torch.zeros(3), torch.zeros(3, 3)).save(path)
-    with pytest.raises(ValueError, match=r"mean \(3,\) .* has 128 dimensions"):
+    about = {
+        "name": "x",
+        "extractor": "fashion",
+        "extractor_sha256": None,
+        "count": 9,
+        "size": None,
+        "images_sha256": None,
+    }
+    save_file({"mean": torch.zeros(3), "covariance": torch.zeros(3, 3)}, path, {ABOUT: json.dumps(about)})
+    with pytest.raises(ValueError, match=r"ref.safetensors .* mean has shape \[3\], extractor 'fashion' needs \[128\]"):
         load_reference(path)
 
 
@@ -137,3 +145,29 @@ def test_a_damaged_adm_reference_is_named(tmp_path, damage):
     path.write_bytes(data[:-60] if damage == "cut" else data)
     with pytest.raises(ValueError, match="reference.npz"):
         load_reference(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mean": torch.zeros(64)}, r"mean has shape \[64\], extractor 'fashion' needs \[128\]"),
+        ({"covariance": torch.zeros(128)}, r"covariance has shape \[128\], .* needs \[128, 128\]"),
+        ({"covariance": torch.full((128, 128), float("nan"))}, "covariance contains NaN"),
+        ({"features": torch.full((5, 128), float("inf"))}, "features contains NaN or infinity"),
+        ({"features": torch.zeros(5, 64)}, r"features has shape \[64\]"),
+        ({"spatial_mean": torch.zeros(7)}, r"spatial_covariance has shape None, .* needs \[7, 7\]"),
+        ({"extractor": "vgg"}, "extractor 'vgg' is not one of fashion, inception"),
+    ],
+)
+def test_statistics_that_cannot_be_of_this_extractor_are_refused_however_they_come(change, message):
+    values = {"extractor": "fashion", "mean": torch.zeros(128), "covariance": torch.eye(128)}
+    assert Reference("ours", **values).features is None
+    with pytest.raises(ValueError, match=f"reference 'ours': {message}"):
+        Reference("ours", **(values | change))
+
+
+def test_seeds_and_counts_of_kept_features_are_integers(extractor):
+    with pytest.raises(ValueError, match="keep=-1 features"):
+        make_reference(pictures(20), extractor, keep=-1)
+    with pytest.raises(ValueError, match="seed=0.5 is not an integer"):
+        make_reference(pictures(20), extractor, seed=0.5)

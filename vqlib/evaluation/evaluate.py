@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vqlib.config import as_integer, as_seed
 from vqlib.evaluation.extractors import DATA, Extractor, Features, Progress, print_progress
 from vqlib.evaluation.frechet import (
     FeatureStatistics,
@@ -129,6 +130,9 @@ def evaluate(
     """
     start, report = time.monotonic(), print_progress if progress is True else progress or None
     labels = None if labels is None else class_labels(labels)
+    seed, bootstrap = as_seed("seed", seed), as_integer("bootstrap", bootstrap)
+    if bootstrap < 0 or bootstrap == 1:
+        raise ValueError(f"bootstrap={bootstrap} resamples: needs at least 2, or 0 for no interval")
     total = _agreed_count(count_images(images), count, None if labels is None else len(labels))
     device = device or (images.device if isinstance(images, Tensor) else "cpu")
     reference, extractor = resolve(reference, extractor, precision_recall, cache, report, device)
@@ -257,6 +261,8 @@ def class_labels(labels) -> Tensor:
         raise ValueError(f"labels have shape {list(found.shape)}, expected [N]: one class number an image")
     if len(found) and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
         raise ValueError(f"labels are {found.dtype}, expected integers: one class number an image")
+    if len(found) and int(found.min()) < 0:
+        raise ValueError(f"labels run from {int(found.min())} to {int(found.max())}; classes are numbered from 0")
     return found.long().cpu()
 
 

@@ -26,7 +26,7 @@ from vqlib.evaluation import efficientnet
 from vqlib.evaluation.fashion_classifier import FEATURES, FashionClassifier
 from vqlib.evaluation.fashion_dataset import to_model
 from vqlib.evaluation.image_sources import BLOCK, count_images, fit_channels, image_blocks
-from vqlib.models.pipeline import BUNDLED, DATA
+from vqlib.models.pipeline import BUNDLED, DATA, device_of
 from vqlib.system.files import write_tensors
 
 FASHION_WEIGHTS = DATA / BUNDLED / "classifier.safetensors"
@@ -63,13 +63,9 @@ class FashionExtractor(_TwoLayerExtractor):
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
-        path = Path(feature_extractor_weights_path or FASHION_WEIGHTS)
-        if not path.is_file():
-            raise FileNotFoundError(f"extractor 'fashion' needs its weights at {path}")
         self.classifier = FashionClassifier()
-        self.classifier.load_state_dict(
-            {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
-        )
+        stored = load_file(feature_extractor_weights_path)
+        self.classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -88,9 +84,9 @@ class EfficientNetLite0Extractor(_TwoLayerExtractor):
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
-        path = feature_extractor_weights_path or lite0_weights()
         self.network = efficientnet.EfficientNetLite0()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        stored = torch.load(feature_extractor_weights_path, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(stored)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -111,7 +107,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
     SPATIAL = "spatial"
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
-        path = str(feature_extractor_weights_path or download_inception())
+        path = str(feature_extractor_weights_path)
         torch.load(path, map_location="cpu", weights_only=True)  # refuses code, which torch-fidelity would run
         super().__init__(name, features_list, feature_extractor_weights_path=path, **kwargs)
         self._map: Tensor | None = None
@@ -171,6 +167,7 @@ class _Kind:
     """What `load_extractor` has to know of a registered extractor."""
 
     cls: type[FeatureExtractorBase]
+    weights: Callable[[], str | Path]  # the bundled, installed or downloaded ones
     layers: tuple[str, ...]  # features, logits and, where there are, spatial features
     dimensions: int
     channels: int
@@ -180,9 +177,11 @@ class _Kind:
 
 
 KINDS = {
-    "fashion": _Kind(FashionExtractor, (str(FEATURES), "logits"), FEATURES, 1, 32, 10, 500),
-    "inception": _Kind(InceptionExtractor, ("2048", "logits_unbiased", "spatial"), 2048, 3, None, None, 50),
-    "efficientnet-lite0": _Kind(EfficientNetLite0Extractor, ("1280", "logits"), 1280, 3, None, None, 50),
+    "fashion": _Kind(FashionExtractor, lambda: FASHION_WEIGHTS, (str(FEATURES), "logits"), FEATURES, 1, 32, 10, 500),
+    "inception": _Kind(
+        InceptionExtractor, download_inception, ("2048", "logits_unbiased", "spatial"), 2048, 3, None, None, 50
+    ),
+    "efficientnet-lite0": _Kind(EfficientNetLite0Extractor, lite0_weights, ("1280", "logits"), 1280, 3, None, None, 50),
 }
 for _name, _kind in KINDS.items():
     if _name not in FEATURE_EXTRACTORS_REGISTRY:
@@ -250,11 +249,21 @@ class Extractor:
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """Load an extractor by name, with the weights of a file, or else the bundled, installed or downloaded ones."""
+    """Load an extractor by name, with the weights of a file, or else the bundled, installed or downloaded ones.
+
+    Raises FileNotFoundError and ValueError naming weights that are not there, damaged, or another network's.
+    """
     if name not in KINDS:
         raise ValueError(f"extractor {name!r} is not one of {', '.join(KINDS)}")
-    kind = KINDS[name]
-    module = kind.cls(name, list(kind.layers), feature_extractor_weights_path=weights)
+    kind, device = KINDS[name], device_of(device)
+    path = Path(weights or kind.weights()).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"extractor {name!r} needs its weights at {path}")
+    try:
+        module = kind.cls(name, list(kind.layers), feature_extractor_weights_path=path)
+    except Exception as error:  # safetensors', pickle's, zip's and torch's words for a file that is not these weights
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} does not hold the weights of extractor {name!r} ({reason})") from None
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(key.encode() + value.contiguous().numpy().tobytes())

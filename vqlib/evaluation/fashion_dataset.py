@@ -47,7 +47,7 @@ def to_model(images: Tensor) -> Tensor:
 def _find(folder: str | Path | None) -> Path:
     given = folder or os.environ.get("FASHION_MNIST")
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     return DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else Path.home() / ".cache" / "fashion-mnist"
 
 

@@ -7,8 +7,11 @@ not grow with the number of images. What is not plainly an 8-bit image is refuse
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -23,10 +26,13 @@ def count_images(source) -> int | None:
     """Number of images, where it can be known without reading them; None for iterators."""
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
-        return len(image_files(path)) if path.is_dir() else _npz_header(path)[0][0]
+        if path.is_dir():
+            return len(image_files(path))
+        with _opened(path) as (_, shape):
+            return shape[0]
     if _is_batches(source):
         return sum(len(batch) for batch in source)
-    return len(source) if hasattr(source, "__getitem__") and hasattr(source, "__len__") else None
+    return len(source) if _is_dataset(source) else None
 
 
 def image_blocks(source, block: int = BLOCK, ordered: bool = False) -> Iterator[Tensor]:
@@ -34,7 +40,8 @@ def image_blocks(source, block: int = BLOCK, ordered: bool = False) -> Iterator[
 
     `source`: uint8 tensor [N, C, H, W] · NumPy array [N, H, W, C] · map-style Dataset of uint8 [C, H, W] (of a tuple,
     the first part) · iterable of uint8 batches, for example a sampler · folder of images · `.npz` with `arr_0`, as ADM.
-    `ordered`: labels belong to the images, so a folder's order must not be ambiguous. Raises ValueError for floats, NaN, another shape, mixed sizes, or no images.
+    `ordered`: labels belong to the images, so a folder's order must not be ambiguous. Raises ValueError for floats, NaN,
+    another shape, mixed sizes, damaged files, or no images.
     """
     waiting: list[Tensor] = []
     shape, held, seen = None, 0, 0
@@ -73,11 +80,13 @@ def _batches(source, block: int, ordered: bool) -> Iterator:
         if source.ndim != 4:
             raise ValueError(f"images have shape {tuple(source.shape)}, expected [N, C, H, W] (NumPy: [N, H, W, C])")
         yield from (source[i : i + block] for i in range(0, len(source), block))
-    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not _is_batches(source):
+    elif _is_dataset(source):
         for start in range(0, len(source), block):
-            items = (source[i] for i in range(start, min(start + block, len(source))))
-            yield torch.stack([_one_image(item, start) for item in items])
-    elif isinstance(source, Iterable):
+            items: list[Tensor] = []
+            for i in range(start, min(start + block, len(source))):
+                items.append(_one_image(source[i], i, items))
+            yield torch.stack(items)
+    elif isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
         yield from source
     else:
         raise ValueError(f"images of type {type(source).__name__}: give a tensor, Dataset, iterator, folder or .npz")
@@ -88,26 +97,33 @@ def _is_batches(source) -> bool:
     return isinstance(source, (list, tuple)) and len(source) > 0 and getattr(source[0], "ndim", 0) == 4
 
 
-def _one_image(item, start: int) -> Tensor:
-    image = item[0] if isinstance(item, (tuple, list)) else item
+def _is_dataset(source) -> bool:
+    """Whether its items are images, by number."""
+    counted = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    return counted and not _is_batches(source) and not isinstance(source, (Mapping, bytes))
+
+
+def _one_image(item, index: int, before: list[Tensor]) -> Tensor:
+    image = item[0] if isinstance(item, (tuple, list)) and item else item
     if not isinstance(image, Tensor) or image.ndim != 3:
-        shape = tuple(getattr(image, "shape", ()))
-        raise ValueError(f"image near {start} is {type(image).__name__} {shape}, expected a uint8 tensor [C, H, W]")
+        raise ValueError(f"image {index} is {_of(image)}, expected a uint8 tensor [C, H, W]")
+    if before and (image.shape, image.dtype) != (before[0].shape, before[0].dtype):
+        raise ValueError(f"image {index} is {_of(image)}, the images before are {_of(before[0])}")
     return image
 
 
 def _checked(batch, shape: torch.Size | None, seen: int) -> Tensor:
-    batch = batch[0] if isinstance(batch, (tuple, list)) else batch  # a DataLoader's (images, labels)
+    batch = batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # a DataLoader's (images, labels)
+    if not isinstance(batch, (Tensor, np.ndarray)) or not batch.ndim:
+        raise ValueError(f"images from {seen} on are {_of(batch)}, expected a uint8 tensor [B, C, H, W]")
     where = f"images {seen} … {seen + len(batch) - 1}"
-    if isinstance(batch, np.ndarray):
-        batch = torch.from_numpy(np.ascontiguousarray(batch))
-        batch = batch.permute(0, 3, 1, 2) if batch.ndim == 4 else batch  # [B, H, W, C] -> [B, C, H, W]
-    if not isinstance(batch, Tensor):
-        raise ValueError(f"{where} are {type(batch).__name__}, expected a uint8 tensor [B, C, H, W]")
-    if batch.dtype != torch.uint8:
-        nan = " and contain NaN" if batch.is_floating_point() and bool(batch.isnan().any()) else ""
+    if str(batch.dtype).removeprefix("torch.") != "uint8":
+        nan = " and contain NaN" if isinstance(batch, Tensor) and bool(batch.isnan().any()) else ""
         raise ValueError(f"{where} are {batch.dtype}{nan}; metrics need uint8 pixels 0 … 255: convert them first")
-    if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+    if isinstance(batch, np.ndarray):
+        batch = torch.from_numpy(np.array(batch))  # a copy, for what is not writable or of another order
+        batch = batch.permute(0, 3, 1, 2) if batch.ndim == 4 else batch  # [B, H, W, C] -> [B, C, H, W]
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or not all(batch.shape[2:]):
         raise ValueError(f"{where} have shape {tuple(batch.shape)}, expected [B, C, H, W] with C = 1 or 3")
     if shape is not None and batch.shape[1:] != shape:
         raise ValueError(f"{where} are {tuple(batch.shape[1:])}, the images before are {tuple(shape)}")
@@ -115,37 +131,37 @@ def _checked(batch, shape: torch.Size | None, seen: int) -> Tensor:
     return batch.clone(memory_format=torch.contiguous_format)
 
 
-def _npz_header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of `arr_0`, without reading it."""
+def _of(image) -> str:
+    """An image's, or what is given for one's, type and shape."""
+    kind = getattr(image, "dtype", None) or type(image).__name__
+    return f"{kind} {tuple(image.shape)}" if hasattr(image, "shape") else str(kind)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """`arr_0` of an .npz behind its header, and its shape [N, H, W, C]. ValueError naming a damaged or foreign file."""
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder of images nor an .npz file")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            return _array_header(file, path)
-    except (zipfile.BadZipFile, KeyError) as error:
+            read = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(file))
+            shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(file)
+            if dtype != np.uint8 or len(shape) != 4 or fortran:
+                raise ValueError(f"'arr_0' is {dtype} {shape}, expected uint8 [N, H, W, C]")
+            yield file, shape
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no readable images ('arr_0'): {error}") from None
-
-
-def _array_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype != np.uint8 or len(shape) != 4 or fortran:
-        raise ValueError(f"{path}: 'arr_0' is {dtype} {shape}, expected uint8 [N, H, W, C]")
-    return shape, dtype
 
 
 def _npz_batches(path: Path, block: int) -> Iterator[np.ndarray]:
     """Read `arr_0` as a stream: ADM's reference holds 2 GB of images."""
-    shape, _ = _npz_header(path)
-    each = int(np.prod(shape[1:]))
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        _array_header(file, path)
+    with _opened(path) as (file, shape):
+        each = int(np.prod(shape[1:]))
         for start in range(0, shape[0], block):
             count = min(block, shape[0] - start)
             data = file.read(count * each)
             if len(data) != count * each:
-                raise ValueError(f"{path}: 'arr_0' ends after {start + len(data) // each} of {shape[0]} images")
+                raise ValueError(f"it ends after {start + len(data) // each} of {shape[0]} images")
             yield np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:])
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vqlib.config import as_integer, as_seed
 from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Progress, load_extractor
 from vqlib.evaluation.frechet import FeatureStatistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
@@ -34,6 +35,7 @@ class Reference:
     """Statistics of real images: mean [D], covariance [D, D] (float64), features [M, D] or None; the same for sFID.
 
     `count` and `size` (pixels, H and W) are None where a file does not tell; `fingerprint` is the extractor's.
+    Raises ValueError for an unknown extractor, statistics of another dimension than its, NaN and infinity.
     """
 
     name: str
@@ -47,6 +49,23 @@ class Reference:
     size: tuple[int, int] | None = None
     fingerprint: str | None = None
     images_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.extractor not in KINDS:
+            raise ValueError(f"reference {self.name!r}: extractor {self.extractor!r} is not one of {', '.join(KINDS)}")
+        d, s = KINDS[self.extractor].dimensions, 0 if self.spatial_mean is None else len(self.spatial_mean)
+        shapes = {"mean": [d], "covariance": [d, d], "features": [d], "spatial_mean": [s], "spatial_covariance": [s, s]}
+        for field, shape in shapes.items():
+            value = getattr(self, field)
+            if value is None and (field == "features" or (s == 0 and field.startswith("spatial"))):
+                continue
+            found = None if value is None else list(value.shape[field == "features" :])
+            if found != shape:
+                raise ValueError(
+                    f"reference {self.name!r}: {field} has shape {found}, extractor {self.extractor!r} needs {shape}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"reference {self.name!r}: {field} contains NaN or infinity")
 
     def check(self, extractor: Extractor) -> None:
         """Raise ValueError unless these statistics were made by this extractor with these weights."""
@@ -97,6 +116,9 @@ def make_reference(
 
     Of more than `keep` images a random subset, drawn with `seed`, keeps its features; 0 keeps none.
     """
+    seed, keep = as_seed("seed", seed), as_integer("keep", keep)
+    if keep < 0:
+        raise ValueError(f"keep={keep} features: needs 0 or more")
     extractor = load_extractor(extractor) if isinstance(extractor, str) else extractor
     pool, spatial, kept = FeatureStatistics(), FeatureStatistics(), []
     digest, shape = hashlib.sha256(), []
@@ -201,23 +223,11 @@ def _load_adm(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             found = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key in members]
             values = {key: torch.from_numpy(file[key].astype(np.float64)) for key in found}
+        size = tuple(next(image_blocks(path, 1)).shape[2:]) if "arr_0" in members else None
+        spatial = {"spatial_mean": values.get("mu_s"), "spatial_covariance": values.get("sigma_s")}
+        return Reference(path.stem, "inception", values["mu"], values["sigma"], size=size, **spatial)
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as a reference ({error})") from None
-    size = None
-    if "arr_0" in members:
-        first = next(image_blocks(path, 1))
-        size = tuple(first.shape[2:])
-    reference = Reference(
-        path.stem,
-        "inception",
-        values["mu"],
-        values["sigma"],
-        None,
-        values.get("mu_s"),
-        values.get("sigma_s"),
-        size=size,
-    )
-    return _validated(reference, path)
 
 
 def _load_stored(path: Path) -> Reference:
@@ -235,20 +245,9 @@ def _load_stored(path: Path) -> Reference:
         }
         if "features" in tensors:
             tensors["features"] = tensors["features"].float()
-        reference = Reference(**values, **tensors)
+        return Reference(**values, **tensors)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a readable reference: {error}") from None
-    return _validated(reference, path)
-
-
-def _validated(reference: Reference, path: Path) -> Reference:
-    if reference.extractor not in KINDS:
-        raise ValueError(f"{path}: extractor {reference.extractor!r} is not one of {', '.join(KINDS)}")
-    d = KINDS[reference.extractor].dimensions
-    if reference.mean.shape != (d,) or reference.covariance.shape != (d, d):
-        found = f"mean {tuple(reference.mean.shape)} and covariance {tuple(reference.covariance.shape)}"
-        raise ValueError(f"{path} holds {found}; extractor {reference.extractor!r} has {d} dimensions")
-    return reference
 
 
 def _subset(features: Tensor, keep: int, seed: int) -> Tensor:
