@@ -75,7 +75,7 @@ def as_seed(name: str, value: Any) -> int:
 def as_integer(name: str, value: Any) -> int:
     """An integer, NumPy's too, as Python's. ValueError naming what is none, bools and whole floats among them."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # NumPy's, torch's
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -147,6 +147,8 @@ def test_parts_that_do_not_fit_each_other_are_refused_however_they_come(folder):
         wrong.register_to_config(**change)
         with pytest.raises(ValueError, match=message):
             pipe.with_transformer(wrong)
+    with pytest.raises(ValueError, match="a Linear has no config"):
+        pipe.with_transformer(torch.nn.Linear(2, 2))
     assert pipe.with_transformer(torch.nn.DataParallel(tiny.transformer())).latent_shape == (4, 8, 8)
 
 
@@ -202,6 +204,12 @@ def test_device_and_dtype_are_chosen_by_name(folder):
         vqlib.load(folder, device="gpu")
     with pytest.raises(ValueError, match="device 'cuda:99' is not here"):
         vqlib.load(folder, device="cuda:99")
+    for device in ("meta", "mps", None):
+        with pytest.raises(ValueError, match=f"device {device!r} is no device"):
+            vqlib.load(folder, device=device)
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(ValueError, match=f"dtype {dtype!r} is none of torch's floating types"):
+            vqlib.load(folder, dtype=dtype)
 
 
 def test_a_wrapped_model_has_the_blocks_and_linears_of_the_one_inside():

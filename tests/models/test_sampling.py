@@ -16,6 +16,7 @@ import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
 from vqlib.config import SamplingConfig
+from vqlib.models import sampling
 from vqlib.models.ddpm import NoiseSchedule, guide
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import SamplingCancelled, sample, sample_batches, to_uint8
@@ -334,7 +335,12 @@ def test_peak_memory_counts_bytes():
         ([0], [True], "seed of image 0=True is not an integer"),
         ([0], [2**32], "seed of image 0=4294967296 is outside 0"),
         ([0], [-1], "seed of image 0=-1 is outside 0"),
+        ([0], torch.tensor([True]), r"seed of image 0=tensor\(True\) is not an integer"),
         ([1.5], [0], "class label of image 0=1.5 is not an integer"),
+        (torch.eye(2, dtype=torch.int64), [0, 1], r"class label of image 0=tensor\(\[1, 0\]\) is not an integer"),
+        (3, [0], "class labels 3 are no sequence"),
+        ([0], {7}, r"seeds \{7\} are no sequence"),
+        ([0], None, "seeds None are no sequence"),
     ],
 )
 def test_seeds_and_labels_that_are_no_integers_are_refused_by_name(labels, seeds, message):
@@ -363,6 +369,13 @@ def test_latents_that_are_not_finite_stop_with_step_class_and_seed():
     pipe.transformer.forward = broken
     with pytest.raises(FloatingPointError, match="latents after step 2 of 3 are not finite .*: class 7, seed 9"):
         sample(pipe, [4, 7], [8, 9], steps=3, guidance_scale=1.0)
+
+
+def test_where_steps_are_looked_at_only_in_the_end_the_first_bad_one_is_named_all_the_same():
+    good = torch.tensor([5, 2, 3])  # steps after which each of three images was still finite
+    with pytest.raises(FloatingPointError, match="step 3 of 5 are not finite .*: class 8, seed 1"):
+        sampling.require_finite(good, 5, "latents after step {} of 5", [7, 8, 9], [0, 1, 2])
+    sampling.require_finite(good[:1], 5, "latents", [7], [0])
 
 
 def test_images_that_are_not_finite_stop_with_class_and_seed():

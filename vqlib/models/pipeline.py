@@ -79,6 +79,8 @@ def load(
     folder is incomplete, ValueError naming the first wrong key of a `.pt` file, a setting of the folder's that is not
     supported, or a device that is not here.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is none of torch's floating types")
     device, path = device_of(device), Path(name).expanduser()
     pipe = _load_original(path, vae) if path.suffix == ".pt" or path.is_file() else _load_folder(name)
     return replace(pipe, transformer=pipe.transformer.to(dtype)).to(device)
@@ -90,8 +92,10 @@ def device_of(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is no device; known are auto, cpu and cuda") from None
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is no device; known are auto, cpu and cuda")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device {name!r} is not here: there are {count} CUDA devices")
@@ -134,7 +138,9 @@ def _load_original(path: Path, vae: str | Path) -> Pipeline:
 
 
 def _require_fitting(name: str, transformer: nn.Module, vae: AutoencoderKL | None, classes: int) -> None:
-    config = transformer.config
+    config = getattr(transformer, "config", None)
+    if config is None:
+        raise ValueError(f"{name}: a {type(transformer).__name__} has no config: it is no DiT of diffusers'")
     channels, known = config.in_channels, config.num_embeds_ada_norm
     folder.require_learned_variance(name, channels, config.out_channels)
     if classes != known:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
@@ -72,8 +72,8 @@ def sample_batches(
     config = config or SamplingConfig()
     changes = {"steps": steps, "guidance_scale": guidance_scale}
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
-    labels = [as_integer(f"class label of image {i}", label) for i, label in enumerate(class_labels)]
-    seeds = [as_seed(f"seed of image {i}", seed) for i, seed in enumerate(seeds)]
+    labels = _integers("class label", class_labels, as_integer)
+    seeds = _integers("seed", seeds, as_seed)
     _check(pipe, labels, seeds, config)
     sampler = _Sampler(pipe, config)
     return _batches(sampler, labels, seeds, progress, preview)
@@ -189,6 +189,16 @@ def _bar(count: int, config: SamplingConfig, progress: bool) -> Iterator[Callabl
     seconds = time.perf_counter() - start
     settings = f"{config.steps} steps, guidance {config.guidance_scale:g}"
     print(f"{count} images ({settings}) in {seconds:.1f} s, {count / seconds:.2f} images/s")
+
+
+def _integers(what: str, values: Iterable[int], check: Callable[[str, object], int]) -> list[int]:
+    try:
+        given = None if isinstance(values, (Mapping, Set)) else list(values)
+    except TypeError:
+        given = None
+    if given is None:
+        raise ValueError(f"{what}s {values!r} are no sequence: give one of each image, in order")
+    return [check(f"{what} of image {i}", value) for i, value in enumerate(given)]
 
 
 def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: SamplingConfig) -> None:
