@@ -201,9 +201,9 @@ def test_metrics_survive_json(extractor, reference):
 
 def test_memory_does_not_grow_with_the_images(extractor, reference):
     """Without Precision and Recall only the logits are held image by image."""
-    from vqlib.evaluation.evaluate import _gather
+    from vqlib.evaluation.references import gather
 
-    small, large = (_gather(extractor.stream(pictures(50) for _ in range(n)), keep=False) for n in (4, 16))
+    small, large = (gather(extractor.stream(pictures(50) for _ in range(n)), logits=True) for n in (4, 16))
     assert large.features is None and small.pool.scatter.shape == large.pool.scatter.shape == (128, 128)
     assert large.pool.count == 800 and large.logits.shape == (800, 10)
     np.testing.assert_allclose(large.pool.mean, small.pool.mean, rtol=1e-5)  # batch sizes differ: last bits
@@ -217,6 +217,8 @@ def test_memory_does_not_grow_with_the_images(extractor, reference):
         (torch.zeros(140), "labels are torch.float32, expected integers"),
         ([True] * 140, "labels are torch.bool, expected integers"),
         (["shirt"] * 140, "labels of type list are no class numbers"),
+        ([True] + [2] * 139, "labels are torch.bool, expected integers"),
+        (np.full(140, 2**63 + 1, np.uint64), "labels run from -"),
         ([-1] * 140, "labels run from -1 to -1"),
         ([0] * 139 + [-3], "labels run from -3 to 0; classes are numbered from 0"),
     ],
@@ -231,8 +233,9 @@ def test_labels_that_are_no_class_numbers_are_refused_before_an_image_is_read(ex
 
 def test_labels_may_be_numpys_of_any_width(extractor, reference):
     images = pictures(140)
-    labels = extractor(images).logits.argmax(1).numpy().astype("uint8")
-    assert run(images, reference, extractor, labels=labels).accuracy == 1.0
+    labels = extractor(images).logits.argmax(1).numpy()
+    for width in ("uint8", "uint64", "int16"):
+        assert run(images, reference, extractor, labels=labels.astype(width)).accuracy == 1.0
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_blocks_are_full_whatever_the_batches_were(images):
         (lambda x: x.numpy(), r"images 0 … 4 have shape \(5, 6, 3, 8\), expected"),
         (lambda x: x.numpy().astype(object), "images 0 … 4 are object; metrics need uint8"),
         (lambda x: x.numpy().astype(">u2"), "images 0 … 4 are >u2; metrics need uint8"),
+        (lambda x: (x / 255).to(torch.uint8), "no pixel of 23 images is above 1; pixels run from 0 to 255"),
         (lambda x: x[:, :, :0], r"shape \(5, 3, 0, 6\)"),
     ],
 )

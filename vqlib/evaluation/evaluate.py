@@ -16,25 +16,10 @@ import torch
 from torch import Tensor
 
 from vqlib.config import as_integer, as_seed
-from vqlib.evaluation.extractors import DATA, Extractor, Features, Progress, print_progress
-from vqlib.evaluation.frechet import (
-    FeatureStatistics,
-    bootstrap_interval,
-    check_counts,
-    frechet_distance,
-    frechet_from_statistics,
-)
+from vqlib.evaluation.extractors import DATA, Extractor, Progress, print_progress
+from vqlib.evaluation.frechet import FeatureStatistics, bootstrap_interval, check_counts, frechet_from_statistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
-from vqlib.evaluation.references import Reference, resolve
-
-__all__ = [
-    "Metrics",
-    "evaluate",
-    "frechet_distance",
-    "frechet_from_statistics",
-    "inception_score",
-    "precision_recall",
-]
+from vqlib.evaluation.references import Reference, gather, resolve
 
 CACHE = DATA / "runs" / "cache"
 SPLIT = 5000  # images of one part of the inception score
@@ -141,7 +126,8 @@ def evaluate(
     if total is not None:
         check_counts(total, reference.count, dimensions, allow_few)
     keep = (precision_recall and reference.features is not None) or bootstrap > 0
-    found = _gather(extractor.stream(_of_size(images, reference, labels is not None), cache, report, total), keep)
+    stream = extractor.stream(_of_size(images, reference, labels is not None), cache, report, total)
+    found = gather(stream, keep, logits=True)
     n = _agreed_count(found.pool.count, count, None if labels is None else len(labels))
     check_counts(n, reference.count, dimensions, allow_few)
     fd = frechet_from_statistics(found.pool.mean, found.pool.covariance, reference.mean, reference.covariance)
@@ -202,28 +188,6 @@ def precision_recall(features: Tensor, reference_features: Tensor) -> tuple[floa
 _precision_recall = precision_recall  # `evaluate` has a switch of that name
 
 
-@dataclass(frozen=True, eq=False)
-class _Gathered:
-    """What one pass leaves: statistics, all logits [N, C], and features [N, D] in float16 where they were kept."""
-
-    pool: FeatureStatistics
-    spatial: FeatureStatistics
-    logits: Tensor
-    features: Tensor | None
-
-
-def _gather(stream: Iterator[Features], keep: bool) -> _Gathered:
-    pool, spatial, logits, kept = FeatureStatistics(), FeatureStatistics(), [], []
-    for block in stream:
-        pool.update(block.features)
-        logits.append(block.logits)
-        if block.spatial is not None:
-            spatial.update(block.spatial)
-        if keep:
-            kept.append(block.features.half())
-    return _Gathered(pool, spatial, torch.cat(logits), torch.cat(kept) if keep else None)
-
-
 def _of_size(images, reference: Reference, ordered: bool) -> Iterator[Tensor]:
     for block in image_blocks(images, ordered=ordered):
         size = tuple(block.shape[2:])
@@ -252,18 +216,21 @@ def _sfid(spatial: FeatureStatistics, reference: Reference, allow_few: bool) -> 
 
 
 def class_labels(labels) -> Tensor:
-    """Class labels as int64 [N]. Raises ValueError on another shape (one-hot, [N, 1]) or what is no integer."""
+    """Class labels as int64 [N]. Raises ValueError on another shape (one-hot, [N, 1]) or what is no number of a class."""
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels of type {type(labels).__name__} are no class numbers ({error})") from None
     if found.ndim != 1:
         raise ValueError(f"labels have shape {list(found.shape)}, expected [N]: one class number an image")
-    if len(found) and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
-        raise ValueError(f"labels are {found.dtype}, expected integers: one class number an image")
+    flags = isinstance(labels, (list, tuple)) and any(isinstance(label, bool) for label in labels)
+    if len(found) and (flags or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        kind = torch.bool if flags else found.dtype
+        raise ValueError(f"labels are {kind}, expected integers: one class number an image")
+    found = found.long().cpu()
     if len(found) and int(found.min()) < 0:
         raise ValueError(f"labels run from {int(found.min())} to {int(found.max())}; classes are numbered from 0")
-    return found.long().cpu()
+    return found
 
 
 def _require_known(labels: Tensor | None, extractor: Extractor) -> None:

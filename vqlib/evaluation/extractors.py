@@ -72,10 +72,6 @@ class FashionExtractor(_TwoLayerExtractor):
         features = self.classifier.features(to_model(images))  # [B, 128]
         return self._answer(features, self.classifier.head(features))
 
-    @staticmethod
-    def get_dummy_input_for_compile():
-        return torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
-
 
 class EfficientNetLite0Extractor(_TwoLayerExtractor):
     """EfficientNet-Lite0 trained on ImageNet: uint8 [B, 3, H, W] to features [B, 1280] and logits [B, 1000]."""
@@ -91,10 +87,6 @@ class EfficientNetLite0Extractor(_TwoLayerExtractor):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self._answer(*self.network(images))
-
-    @staticmethod
-    def get_dummy_input_for_compile():
-        return torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
 
 
 class InceptionExtractor(FeatureExtractorInceptionV3):
@@ -248,11 +240,15 @@ class Extractor:
         return found
 
 
-def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """Load an extractor by name, with the weights of a file, or else the bundled, installed or downloaded ones.
+def load_extractor(
+    name: str | Extractor, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> Extractor:
+    """Load an extractor by name (one that is loaded is given back), with the weights of a file, or else the bundled, installed or downloaded ones.
 
     Raises FileNotFoundError and ValueError naming weights that are not there, damaged, or another network's.
     """
+    if isinstance(name, Extractor):
+        return name
     if name not in KINDS:
         raise ValueError(f"extractor {name!r} is not one of {', '.join(KINDS)}")
     kind, device = KINDS[name], device_of(device)

@@ -23,8 +23,8 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> FeatureStatistics:
         """Add features [B, D] (merged as Chan, Golub and LeVeque 1983). Raises ValueError on NaN or infinity."""
-        if features.ndim != 2:
-            raise ValueError(f"features have shape {tuple(features.shape)}, expected [B, D]")
+        if features.ndim != 2 or features.is_complex():
+            raise ValueError(f"features are {features.dtype} {tuple(features.shape)}, expected real numbers [B, D]")
         x = features.detach().cpu().double()  # [B, D], widened to float64
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])

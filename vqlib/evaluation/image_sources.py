@@ -41,13 +41,13 @@ def image_blocks(source, block: int = BLOCK, ordered: bool = False) -> Iterator[
     `source`: uint8 tensor [N, C, H, W] · NumPy array [N, H, W, C] · map-style Dataset of uint8 [C, H, W] (of a tuple,
     the first part) · iterable of uint8 batches, for example a sampler · folder of images · `.npz` with `arr_0`, as ADM.
     `ordered`: labels belong to the images, so a folder's order must not be ambiguous. Raises ValueError for floats, NaN,
-    another shape, mixed sizes, damaged files, or no images.
+    another shape, mixed sizes, damaged files, pixels of 0 and 1 alone, or no images.
     """
     waiting: list[Tensor] = []
-    shape, held, seen = None, 0, 0
+    shape, held, seen, brightest = None, 0, 0, 0
     for batch in _batches(source, block, ordered):
         batch = _checked(batch, shape, seen)
-        shape = batch.shape[1:]
+        shape, brightest = batch.shape[1:], max(brightest, int(batch.max()) if len(batch) else 0)
         waiting.append(batch)
         held, seen = held + len(batch), seen + len(batch)
         if held >= block:
@@ -59,6 +59,8 @@ def image_blocks(source, block: int = BLOCK, ordered: bool = False) -> Iterator[
         yield torch.cat(waiting)
     if not seen:
         raise ValueError(f"no images in {_describe(source)}")
+    if brightest <= 1:
+        raise ValueError(f"no pixel of {seen} images is above {brightest}; pixels run from 0 to 255: all are black")
 
 
 def fit_channels(images: Tensor, channels: int) -> Tensor:

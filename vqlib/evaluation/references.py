@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlib.config import as_integer, as_seed
-from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Progress, load_extractor
+from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Features, Progress, load_extractor
 from vqlib.evaluation.frechet import FeatureStatistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.system.files import write_tensors
@@ -28,6 +28,9 @@ from vqlib.system.files import write_tensors
 STORED = {"fashion-mnist-test": DATA / BUNDLED / "reference-fashion-mnist-test.safetensors"}
 MANIFOLD_IMAGES = 10_000  # reference images of Precision and Recall, as ADM's evaluator
 ABOUT = "reference"  # the key of the JSON text in the file's metadata
+TENSORS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features")
+STORED_AS = {name: name for name in ("name", "extractor", "count", "size", "images_sha256")}  # key of the text -> field
+STORED_AS["extractor_sha256"] = "fingerprint"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,25 +84,36 @@ class Reference:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; features as float16."""
-        tensors = {
-            "mean": self.mean,
-            "covariance": self.covariance,
-            "spatial_mean": self.spatial_mean,
-            "spatial_covariance": self.spatial_covariance,
-            "features": None if self.features is None else self.features.half(),
-        }
-        about = {
-            "format": 1,
-            "name": self.name,
-            "extractor": self.extractor,
-            "extractor_sha256": self.fingerprint,
-            "count": self.count,
-            "size": self.size,
-            "images_sha256": self.images_sha256,
-        }
-        stored = {name: value for name, value in tensors.items() if value is not None}
-        write_tensors(path, stored, {ABOUT: json.dumps(about)})
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        if self.features is not None:
+            tensors["features"] = self.features.half()
+        about = {"format": 1} | {stored: getattr(self, field) for stored, field in STORED_AS.items()}
+        write_tensors(path, tensors, {ABOUT: json.dumps(about)})
         return Path(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What one pass leaves: statistics, features [N, D] in float16 and logits [N, C] where they were kept."""
+
+    pool: FeatureStatistics
+    spatial: FeatureStatistics
+    features: Tensor | None
+    logits: Tensor | None
+
+
+def gather(stream: Iterator[Features], features: bool = False, logits: bool = False) -> Gathered:
+    """One pass over blocks of features; `features`, `logits`: what is kept image by image."""
+    pool, spatial, kept, judged = FeatureStatistics(), FeatureStatistics(), [], []
+    for block in stream:
+        pool.update(block.features)
+        if block.spatial is not None:
+            spatial.update(block.spatial)
+        if features:
+            kept.append(block.features.half())
+        if logits:
+            judged.append(block.logits)
+    return Gathered(pool, spatial, torch.cat(kept) if features else None, torch.cat(judged) if logits else None)
 
 
 def make_reference(
@@ -119,8 +133,7 @@ def make_reference(
     seed, keep = as_seed("seed", seed), as_integer("keep", keep)
     if keep < 0:
         raise ValueError(f"keep={keep} features: needs 0 or more")
-    extractor = load_extractor(extractor) if isinstance(extractor, str) else extractor
-    pool, spatial, kept = FeatureStatistics(), FeatureStatistics(), []
+    extractor = load_extractor(extractor)
     digest, shape = hashlib.sha256(), []
 
     def hashed() -> Iterator[Tensor]:
@@ -129,21 +142,16 @@ def make_reference(
             digest.update(block.cpu().contiguous().numpy().tobytes())
             yield block
 
-    for found in extractor.stream(hashed(), cache, progress, count_images(images)):
-        pool.update(found.features)
-        if found.spatial is not None:
-            spatial.update(found.spatial)
-        if keep:
-            kept.append(found.features.half())
+    found = gather(extractor.stream(hashed(), cache, progress, count_images(images)), keep > 0)
     reference = Reference(
         name=name or (Path(path).stem if path else str(images) if isinstance(images, (str, Path)) else "images"),
         extractor=extractor.name,
-        mean=pool.mean,
-        covariance=pool.covariance,
-        features=_subset(torch.cat(kept), keep, seed).float() if keep else None,
-        spatial_mean=spatial.mean,
-        spatial_covariance=spatial.covariance if spatial.count else None,
-        count=pool.count,
+        mean=found.pool.mean,
+        covariance=found.pool.covariance,
+        features=_subset(found.features, keep, seed).float() if keep else None,
+        spatial_mean=found.spatial.mean,
+        spatial_covariance=found.spatial.covariance if found.spatial.count else None,
+        count=found.pool.count,
         size=tuple(shape),
         fingerprint=extractor.fingerprint,
         images_sha256=digest.hexdigest(),
@@ -184,8 +192,7 @@ def resolve(
         path = None
     if extractor is None and not isinstance(reference, Reference):
         raise ValueError(f"a reference made of images needs extractor=…, one of {', '.join(KINDS)}")
-    extractor = reference.extractor if extractor is None else extractor
-    extractor = load_extractor(extractor, device=device) if isinstance(extractor, str) else extractor
+    extractor = load_extractor(reference.extractor if extractor is None else extractor, device=device)
     if not stored:
         return make_reference(reference, extractor, cache=cache, progress=progress), extractor
     reference.check(extractor)
@@ -235,14 +242,8 @@ def _load_stored(path: Path) -> Reference:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[ABOUT])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        values = {
-            "name": about["name"],
-            "extractor": about["extractor"],
-            "fingerprint": about["extractor_sha256"],
-            "count": about["count"],
-            "images_sha256": about["images_sha256"],
-            "size": tuple(about["size"]) if about["size"] else None,
-        }
+        values = {field: about[stored] for stored, field in STORED_AS.items()}
+        values["size"] = tuple(values["size"]) if values["size"] else None
         if "features" in tensors:
             tensors["features"] = tensors["features"].float()
         return Reference(**values, **tensors)
