@@ -109,7 +109,7 @@ def _state_dicts(content: Mapping, name: str = "", depth: int = 5) -> Iterator[t
             yield from _state_dicts(value, f"{name}{key}.", depth - 1)
         elif f".{key}".endswith(f".{FIRST}"):
             prefix = str(key).removesuffix(FIRST)
-            yield name + prefix, {k[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
+            yield name + prefix, {str(k)[len(prefix) :]: v for k, v in content.items() if str(k).startswith(prefix)}
 
 
 def _chosen(found: dict[str, dict], path: Path) -> dict:

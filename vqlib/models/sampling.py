@@ -1,7 +1,8 @@
 """The original DiT's sampler: respaced DDPM, learned variance, classifier-free guidance, one generator per image.
 
 What differs from diffusers' `DiTPipeline`: the learned variance is used, the first 3 of the 4 latent channels are
-guided, images are truncated to uint8 instead of rounded, and every image draws all its noise from its own seed.
+guided, images are truncated to uint8 instead of rounded, and every image draws all its noise from its own seed. x_0 is
+never clipped: latents have no bounds, and `clip_sample` in a folder's scheduler, true where nobody asked, is not heeded.
 """
 
 from __future__ import annotations
