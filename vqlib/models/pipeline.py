@@ -83,7 +83,9 @@ def load(
         raise ValueError(f"dtype {dtype!r} is none of torch's floating types")
     device, path = device_of(device), Path(name).expanduser()
     pipe = _load_original(path, vae) if path.suffix == ".pt" or path.is_file() else _load_folder(name)
-    return replace(pipe, transformer=pipe.transformer.to(dtype)).to(device)
+    if dtype != torch.float32:  # diffusers has something to say of every cast
+        pipe.transformer.to(dtype)
+    return pipe.to(device)
 
 
 def device_of(name: str | torch.device) -> torch.device:
