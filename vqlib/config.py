@@ -179,7 +179,7 @@ class CalibrationConfig(_Settings, _Guided):
     lr_ratios: float = 5e-2
     lr_codebooks: float = 1e-4  # codebooks, biases and layer scales
     lr_decay: str = "constant"  # "cosine": to zero over the run
-    products: str = "float32"  # "bfloat16": matrix products of the linear layers; codebooks and ratios stay float32
+    products: str = "float32"  # "tf32", or "bfloat16" by autocast; codebooks, ratios, optimizer and loss stay float32
     seed: int = 0
     checkpoint_every: int = 100  # iterations; 0: only at the end
 
@@ -197,7 +197,7 @@ class CalibrationConfig(_Settings, _Guided):
         self._one_of("optimizer", ("rmsprop", "adam"))
         self._one_of("lr_decay", ("constant", "cosine"))
         self._one_of("freeze_rule", ("threshold", "schedule"))
-        self._one_of("products", ("float32", "bfloat16"))
+        self._one_of("products", ("float32", "tf32", "bfloat16"))
         if not 0.0 <= self.freeze_from < self.freeze_until <= 1.0:
             raise ValueError(
                 f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1"

@@ -4,10 +4,12 @@ import pytest
 import tiny
 import torch
 
-from vqlib.calibrator.calibrate import block_steps
+from vqlib.calibrator.block import block_steps
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
 from vqlib.quantizer.quantize import quantize
+
+LOSS = torch.tensor(0.5)  # what the gradients belong to; only whether it is finite counts
 
 
 def prepared(scope="layer", **settings):
@@ -33,7 +35,7 @@ def test_a_block_is_stepped_alone_and_its_gradients_are_dropped():
     student, optimizers, trained = prepared()
     before = [p.detach().clone() for p in trained]
     own = set(dit.block_list(student)[1].parameters())
-    optimizers[1].step(1)
+    optimizers[1].step(1, LOSS)
     for old, parameter in zip(before, trained, strict=True):
         assert torch.equal(old, parameter) is (parameter not in own)
         assert (parameter.grad is None) is (parameter in own)
@@ -44,9 +46,9 @@ def test_what_blocks_share_is_stepped_after_the_last_of_them():
     codebook = next(m.codebook for m in student.modules() if hasattr(m, "logits"))
     before = codebook.detach().clone()
     for index in range(2):
-        optimizers[index].step(1)
+        optimizers[index].step(1, LOSS)
     assert torch.equal(codebook, before) and codebook.grad is not None
-    optimizers[-1].step(1)
+    optimizers[-1].step(1, LOSS)
     assert not torch.equal(codebook, before) and codebook.grad is None
 
 
@@ -62,7 +64,7 @@ def test_rmsprop_is_torchs_by_numbers_and_by_state():
             twin.grad = parameter.grad.clone()
         torchs.step()
         for index in range(2):
-            optimizers[index].step(1)
+            optimizers[index].step(1, LOSS)
     slots = {p: slot for optimizer in optimizers[:2] for p, slot in optimizer.inner.state.items()}
     for twin, parameter in zip(twins, trained, strict=True):
         torch.testing.assert_close(parameter.data, twin.data, rtol=1e-5, atol=1e-6)
@@ -83,6 +85,18 @@ def test_a_loaded_state_goes_on_as_the_one_that_was_saved(optimizer):
             for parameter in trained:
                 parameter.grad = torch.sin(parameter.detach())
             for index in range(2):
-                optimizers[index].step(1)
+                optimizers[index].step(1, LOSS)
         runs.append([p.detach().clone() for p in trained])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_block_as_it_is(optimizer, loss):
+    student, optimizers, trained = prepared(optimizer=optimizer)
+    before = [p.detach().clone() for p in trained]
+    for parameter in trained:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    for index in range(2):
+        optimizers[index].step(1, torch.tensor(loss))
+    assert all(torch.equal(old, p) for old, p in zip(before, trained, strict=True))

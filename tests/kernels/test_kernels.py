@@ -192,15 +192,19 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
     assert all(torch.equal(one, three) for one, three in zip(*results))
 
 
+def _settled(module, *arguments):
+    return kernels.RatioStatistics.of(module.settle_ratios(*arguments).tolist())
+
+
 def test_ratio_statistics_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 30.0], [0.0, -30.0]])
-    result = kernels.settle_ratios(logits)
-    assert result.histogram[10] == 1 and result.histogram[-1] == 2 and result.histogram.sum() == 4
+    result = _settled(kernels, logits, torch.tensor([[0, 1], [2, 1], [3, 4], [0, 4]]), 6)
+    assert result.histogram[10] == 1 and result.histogram[-1] == 2 and sum(result.histogram) == 4
     entropy = (math.log(2.0) - 0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 4
     assert result.entropy == pytest.approx(entropy, abs=1e-6)
     assert result.winners_not_first == 0.25 and result.frozen == 0.5
     assert result.absolute == pytest.approx((2.0 + 1.0) / 4) and result.quadratic == pytest.approx((0.5 + 0.375) / 4)
-    assert result.winners.tolist() == [0, 0, 1, 0]
+    assert result.used == 3  # codewords 0, 2 and 4
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
@@ -209,10 +213,13 @@ def test_settled_ratios_agree_with_the_twin(n, freeze):
     logits = 2 * torch.randn(20001, n, generator=torch.Generator().manual_seed(n))
     logits[5] = torch.tensor([kernels.FROZEN_LOGIT] * (n - 1) + [0.0])
     mine, twins, before = logits.clone(), logits.clone(), logits.clone()
-    got, wanted = kernels.settle_ratios(mine, 0.9, freeze), reference.settle_ratios(twins, 0.9, freeze)
-    assert (got.histogram - wanted.histogram).abs().sum() <= 8  # a ratio on the border of two bins may round either way
+    candidates = torch.randint(0, 200, logits.shape, generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+    got = _settled(kernels, mine, candidates, 256, 0.9, freeze)
+    wanted = _settled(reference, twins, candidates, 256, torch.tensor(0.9), freeze)
+    moved = sum(abs(a - b) for a, b in zip(got.histogram, wanted.histogram, strict=True))
+    assert moved <= 8  # a ratio on the border of two bins may round either way
     assert got.entropy == pytest.approx(wanted.entropy, abs=1e-5)
-    assert got.winners_not_first == wanted.winners_not_first and torch.equal(got.winners, wanted.winners)
+    assert got.winners_not_first == wanted.winners_not_first and got.used == wanted.used == 200
     assert got.frozen == pytest.approx(wanted.frozen, abs=1e-3)
     assert (got.absolute, got.quadratic) == pytest.approx((wanted.absolute, wanted.quadratic), rel=1e-5)
     assert torch.equal(mine, before) is not freeze
@@ -221,9 +228,10 @@ def test_settled_ratios_agree_with_the_twin(n, freeze):
 
 def test_freezing_makes_rows_one_hot_and_leaves_the_others():
     logits = torch.tensor([[5.0, 0.0, 0.0], [0.2, 0.0, 0.1]])
-    assert kernels.settle_ratios(logits, 0.9, freeze=True).frozen == 0.5
+    candidates = torch.zeros(2, 3, dtype=torch.uint8)
+    assert _settled(kernels, logits, candidates, 1, 0.9, True).frozen == 0.5
     assert logits.softmax(dim=1)[0].tolist() == [1.0, 0.0, 0.0] and logits[1].tolist() == pytest.approx([0.2, 0.0, 0.1])
-    assert kernels.settle_ratios(logits, 1.0, freeze=True).frozen == 0.5  # frozen once, frozen for good
+    assert _settled(kernels, logits, candidates, 1, 1.0, True).frozen == 0.5  # frozen once, frozen for good
 
 
 @pytest.mark.parametrize("kind", ["absolute", "quadratic"])
@@ -247,11 +255,11 @@ def test_everything_works_without_numba(without_numba):
     book, candidates, logits, grad = _soft_data(300, 4, 16, 3)
     mixed = kernels.soft_reconstruct(book, candidates, logits)
     assert torch.autograd.grad(mixed, logits, grad)[0].shape == (300, 3)
-    assert kernels.settle_ratios(logits).histogram.sum() == 300
-    assert kernels.used_codewords(candidates, torch.zeros(300, dtype=torch.uint8), 16) == len(candidates[:, 0].unique())
+    settled = _settled(kernels, torch.zeros(300, 1), candidates[:, :1], 16)
+    assert sum(settled.histogram) == 300 and settled.used == len(candidates[:, 0].unique())
     before, grad = logits.detach().clone(), torch.zeros_like(logits)
     kernels.add_ratio_gradient("quadratic", logits, grad, 1.0)
-    kernels.rmsprop_step(logits, grad, torch.zeros_like(grad), 5e-2, 0.99, 1e-8)
+    kernels.rmsprop_step(logits, grad, torch.zeros_like(grad), 5e-2, 0.99, 1e-8, torch.ones(()))
     assert grad.any() and not torch.equal(logits, before)
 
 

@@ -30,28 +30,41 @@ def test_a_step_of_rmsprop_is_torchs_but_for_rounding(shape):
         parameter.grad = torch.randn(shape, generator=generator)
         torchs.step()
         for function, (x, squares) in zip((kernels.rmsprop_step, reference.rmsprop_step), twins, strict=True):
-            function(x, parameter.grad, squares, 3e-2, 0.9, 1e-8)
+            function(x, parameter.grad, squares, 3e-2, 0.9, 1e-8, torch.ones(()))
             torch.testing.assert_close(x, parameter.data, rtol=1e-6, atol=1e-7)
             torch.testing.assert_close(squares, torchs.state[parameter]["square_avg"], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_no_step_of_rmsprop_follows_a_loss_that_is_not_finite(loss):
+    for function in (kernels.rmsprop_step, reference.rmsprop_step):
+        values = torch.ones(30)
+        function(values, torch.full((30,), torch.nan), torch.zeros(30), 3e-2, 0.9, 1e-8, torch.tensor(loss))
+        assert torch.equal(values, torch.ones(30))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_used_codewords_are_counted_once_each(dtype):
     candidates = torch.tensor([[0, 1], [2, 3], [1, 4], [5, 1]], dtype=dtype)
-    winners = torch.tensor([1, 0, 0, 1], dtype=torch.uint8)
-    for function in (kernels.used_codewords, reference.used_codewords):
-        assert function(candidates, winners, 6) == 2  # codewords 1 and 2
+    logits = torch.tensor([[0.0, 9.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    for function in (kernels.settle_ratios, reference.settle_ratios):
+        row = function(logits, candidates, 6, 0.9, False).tolist()
+        assert kernels.RatioStatistics.of(row).used == 2  # codewords 1 and 2
     with pytest.raises(IndexError, match="k=5"):
-        kernels.used_codewords(candidates, winners, 5)
+        kernels.settle_ratios(logits, candidates, 5)
 
 
-def test_the_share_above_the_kth_largest_ratio_is_what_freezes():
+def test_the_limit_is_the_largest_ratio_of_that_rank_and_what_is_above_it_freezes():
     logits = 2 * torch.randn(20001, 3, generator=torch.Generator().manual_seed(0))
-    largest = kernels.largest_ratios(logits)
-    torch.testing.assert_close(largest, reference.largest_ratios(logits), rtol=1e-6, atol=0.0)
-    threshold = largest.kthvalue(15001).values.item()
-    assert kernels.settle_ratios(logits, threshold, freeze=True).frozen * 20001 == pytest.approx(5000, abs=3)
-    assert (kernels.largest_ratios(logits) == 1.0).sum() == pytest.approx(5000, abs=3)
+    candidates, largest = torch.zeros(20001, 3, dtype=torch.uint8), logits.softmax(dim=1).amax(dim=1)
+    for function in (kernels.ratio_limit, reference.ratio_limit):
+        assert function(logits, 15001).item() == pytest.approx(largest.sort().values[15000].item(), rel=1e-6)
+    limit = kernels.ratio_limit(logits, 15001)
+    for expected in (0, 1):  # what froze is above every limit
+        row = kernels.settle_ratios(logits, candidates, 1, limit, freeze=True).tolist()
+        assert kernels.RatioStatistics.of(row).frozen * 20001 == 5000, expected
+    with pytest.raises(ValueError, match="rank 0 is outside 1 … 20001"):
+        kernels.ratio_limit(logits, 0)
 
 
 def test_ratios_of_frozen_sub_vectors_are_exactly_one_hot():

@@ -66,12 +66,16 @@ def test_a_dense_linear_shares_the_parameters_of_the_layer_it_stands_for():
     assert DenseLinear.of(nn.Linear(32, 24, bias=False)).bias is None
 
 
-def test_products_in_half_precision_take_and_give_float32():
+CPU = torch.device("cpu")
+
+
+def test_products_in_half_precision_are_those_of_rounded_factors():
     x, weight, bias = tensors(2, 16, 32)
-    with products_in(torch.bfloat16):
+    with products_in("bfloat16", CPU):
         product = linear(x, weight, bias)
-    rounded = (x.bfloat16() @ weight.bfloat16().T).float() + bias
-    assert product.dtype == torch.float32 and torch.equal(product, rounded)
+    rounded = x.bfloat16() @ weight.bfloat16().T + bias.bfloat16()
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product, rounded, rtol=2**-7, atol=2**-7)
     gradients = torch.autograd.grad(product.sum(), (x, weight, bias))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     exact = torch.autograd.grad(linear(x, weight, bias).sum(), (x, weight, bias))
@@ -82,9 +86,23 @@ def test_products_in_half_precision_take_and_give_float32():
 def test_the_precision_ends_with_its_block():
     x, weight, bias = tensors(2, 16, 32)
     exact = linear(x, weight, bias)
-    with pytest.raises(KeyError), products_in(torch.bfloat16):
+    with pytest.raises(KeyError), products_in("bfloat16", CPU):
         assert not torch.equal(linear(x, weight, bias), exact)
-        with products_in(torch.float32):
+        with products_in("float32", CPU):
             assert torch.equal(linear(x, weight, bias), exact)
         raise KeyError
     assert torch.equal(linear(x, weight, bias), exact)
+
+
+@pytest.mark.parametrize("products, allowed", [("float32", False), ("tf32", True), ("bfloat16", False)])
+@pytest.mark.parametrize("before", [(True, False), (False, True)])
+def test_tf32_is_what_was_asked_for_whatever_torch_is_set_to(products, allowed, before):
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = matmul.allow_tf32, convolution.allow_tf32
+    try:
+        matmul.allow_tf32, convolution.allow_tf32 = before
+        with products_in(products, CPU):
+            assert (matmul.allow_tf32, convolution.allow_tf32) == (allowed, allowed)
+        assert (matmul.allow_tf32, convolution.allow_tf32) == before
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = found

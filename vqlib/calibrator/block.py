@@ -17,7 +17,8 @@ from vqlib.calibrator.freezing import freeze_rule
 from vqlib.calibrator.losses import add_ratio_gradients, backward, block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.config import CalibrationConfig
-from vqlib.quantizer.soft import CandidateLinear
+from vqlib.models import dit
+from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
 SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
 
@@ -33,11 +34,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What the step of one block saw; the student's output [R, tokens, channels] is detached."""
+    """What the step of one block saw, on the device it was made on: nobody has waited for it yet."""
 
-    loss: float  # L_d
-    output: Tensor
-    layers: dict[str, dict[str, Any]]  # as in `Record.layers`, with `ratio_loss`
+    loss: Tensor  # [], L_d
+    output: Tensor  # the student's [R, tokens, channels], detached
+    rows: list[Tensor]  # float64 [26] of every layer, as `kernels.settle_ratios` gives them
 
 
 class BlockStep:
@@ -55,7 +56,7 @@ class BlockStep:
         self.rule = freeze_rule(config)
         self.optimizer = BlockOptimizer(own, {m.logits for m in layers.values()}, config)
         self.settled = {name: layer.logits is None for name, layer in layers.items()}
-        self.final: dict[str, dict] = {}  # the figures of layers in which nothing is left to choose
+        self.final: dict[str, Tensor] = {}  # the rows of layers in which nothing is left to choose
 
     @property
     def logits(self) -> list[nn.Parameter]:
@@ -63,20 +64,21 @@ class BlockStep:
         return [layer.logits for layer in self.layers.values() if layer.logits is not None]
 
     def step(self, inputs: tuple[tuple, dict], target: Tensor, moment: Moment) -> BlockRecord:
-        """From the block's (args, kwargs) and the full-precision output to an updated block and what was seen."""
+        """From the block's (args, kwargs) and the full-precision output to an updated block and what was seen.
+
+        Where the loss is not finite the block stays as it is; `checked` tells.
+        """
         args, kwargs = inputs
         with torch.enable_grad():  # the full-precision forward around it has none
             output = self.block(*args, **kwargs)
-            distance = block_loss(output, target)
-            loss = self.checked(distance, moment)
+            loss = block_loss(output, target)
             weight, pushed = distance_weight(self.config, target), self.logits if moment.push else ()
-            backward(weight, distance, self.config.lambda_r, self.config.ratio_loss, pushed)
+            backward(weight, loss, self.config.lambda_r, self.config.ratio_loss, pushed)
         self._hold(moment)
-        return BlockRecord(loss, output.detach(), self.update(moment))
+        return BlockRecord(loss.detach(), output.detach(), self.update(loss.detach(), moment))
 
-    def checked(self, distance: Tensor, moment: Moment) -> float:
-        """L_d as a number. Raises FloatingPointError, naming block, step and layer, where it is NaN or infinite."""
-        loss = distance.item()
+    def checked(self, loss: float, moment: Moment) -> float:
+        """L_d as it was read. Raises FloatingPointError, naming block, step and layer, where it is NaN or infinite."""
         if not math.isfinite(loss):
             layer = next(
                 (n for n, m in self.layers.items() if not all(p.isfinite().all() for p in m.parameters())), None
@@ -95,10 +97,16 @@ class BlockStep:
             add_ratio_gradients(self.config.lambda_r, self.config.ratio_loss, self.logits)
         self._hold(moment)
 
-    def update(self, moment: Moment) -> dict[str, dict[str, Any]]:
-        """Step the optimizer, freeze what the rule says; figures by layer."""
-        self.optimizer.step(moment.iteration)
-        return {name: self._settle(name, layer, moment) for name, layer in self.layers.items()}
+    def update(self, loss: Tensor, moment: Moment) -> list[Tensor]:
+        """Step the optimizer and freeze what the rule says; a row of statistics a layer. `loss` as in `BlockOptimizer.step`."""
+        self.optimizer.step(moment.iteration, loss)
+        return [self._freeze(name, layer, moment) for name, layer in self.layers.items()]
+
+    def conclude(self, rows: list[list[float]]) -> dict[str, dict[str, Any]]:
+        """The layers' figures from the rows that were read back; layers in which nothing is left to choose are settled."""
+        return {
+            name: self._conclude(name, layer, row) for (name, layer), row in zip(self.layers.items(), rows, strict=True)
+        }
 
     def _hold(self, moment: Moment) -> None:
         for layer in self.layers.values():
@@ -107,24 +115,43 @@ class BlockStep:
                 if layer.scale is not None:
                     layer.scale.grad = None
 
-    def _settle(self, name: str, layer: CandidateLinear, moment: Moment) -> dict[str, Any]:
-        """Freeze what has passed the limit; the layer's figures for the record."""
+    def _freeze(self, name: str, layer: CandidateLinear, moment: Moment) -> Tensor:
+        """Freeze what has passed the limit; the layer's row."""
         if name in self.final:
-            return dict(self.final[name])
-        figures = {"count": len(layer.candidates), "frozen": 1.0, "moved": 0.0, "entropy": 0.0, "ratio_loss": 0.0}
-        winners = torch.zeros(len(layer.candidates), dtype=torch.uint8, device=layer.candidates.device)
-        if layer.logits is not None:
-            limit = self.rule.limit(layer.logits.data, moment.iteration / self.config.iterations)
-            ratios = kernels.settle_ratios(layer.logits.data, limit, freeze=True)
-            figures |= {"frozen": ratios.frozen, "moved": ratios.winners_not_first, "entropy": ratios.entropy}
-            figures |= {"histogram": ratios.histogram.tolist(), "ratio_loss": getattr(ratios, self.config.ratio_loss)}
-            self.settled[name] = ratios.frozen > SETTLED
-            winners = ratios.winners
+            return self.final[name]
         k = len(layer.codebook)
-        figures["unused"] = k - kernels.used_codewords(layer.candidates, winners, k)
-        if figures["frozen"] == 1.0 and figures["entropy"] == 0.0:
-            self.final[name] = dict(figures)
+        if layer.logits is None:
+            one = torch.zeros(layer.candidates.shape, device=layer.candidates.device)
+            return kernels.settle_ratios(one, layer.candidates, k)
+        limit = self.rule.limit(layer.logits.data, moment.iteration / self.config.iterations)
+        return kernels.settle_ratios(layer.logits.data, layer.candidates, k, limit, freeze=True)
+
+    def _conclude(self, name: str, layer: CandidateLinear, row: list[float]) -> dict[str, Any]:
+        ratios = kernels.RatioStatistics.of(row)
+        figures = {"count": len(layer.candidates), "frozen": ratios.frozen, "moved": ratios.winners_not_first}
+        figures |= {"entropy": ratios.entropy, "ratio_loss": 0.0, "unused": len(layer.codebook) - ratios.used}
+        if layer.logits is not None:
+            self.settled[name] = ratios.frozen > SETTLED
+            figures |= {"histogram": ratios.histogram, "ratio_loss": getattr(ratios, self.config.ratio_loss)}
+        if ratios.frozen == 1.0 and ratios.entropy == 0.0 and name not in self.final:
+            self.final[name] = torch.tensor(row, dtype=torch.float64, device=layer.candidates.device)
             if layer.logits is not None:
                 layer.settle()
                 self.optimizer.forget(layer.logits)
         return figures
+
+
+def block_steps(model: nn.Module, config: CalibrationConfig) -> tuple[list[BlockStep], BlockOptimizer]:
+    """A step for every block, and the optimizer of what several blocks share, to be stepped after the last of them."""
+    blocks, names = dit.block_list(model), {module: name for name, module in model.named_modules()}
+    owners: dict[nn.Parameter, set[int]] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if parameter.requires_grad:
+                owners.setdefault(parameter, set()).add(index)
+    steps = []
+    for index, block in enumerate(blocks):
+        layers = {names[layer]: layer for layer in soft_layers(block).values()}
+        own = [p for p, o in owners.items() if o == {index}]
+        steps.append(BlockStep(names[block], block, layers, own, config))
+    return steps, BlockOptimizer([p for p, o in owners.items() if len(o) > 1], set(), config)

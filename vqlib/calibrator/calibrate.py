@@ -19,20 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqlib.calibrator.block import BlockRecord, BlockStep, Moment
+from vqlib.calibrator.block import BlockRecord, Moment, block_steps
 from vqlib.calibrator.losses import RATIO_LOSSES, block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.calibrator.runs import Record, RunFolder
-from vqlib.calibrator.teacher import following, outputs_of, require_counterpart, teacher_output
+from vqlib.calibrator.teacher import (
+    following,
+    outputs_of,
+    require_counterpart,
+    require_finite,
+    teacher_forward,
+    teacher_output,
+)
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig
-from vqlib.kernels.products import products_in
 from vqlib.models import dit
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
 from vqlib.quantizer.soft import soft_layers
 from vqlib.system.fingerprint import fingerprint
-from vqlib.system.memory import keep_freed_memory, peak_memory
+from vqlib.system.memory import forget_peak, keep_freed_memory, peak_memory
 
 
 def calibrate(
@@ -62,6 +68,7 @@ class Calibration(Iterator[Record]):
         self._prepare_parameters()
         self.blocks, self.shared = block_steps(model, config)
         self.trajectory = Trajectory(pipe, config)
+        forget_peak(self.trajectory.device)
         self.iteration, self.ratio_minimum = 0, math.inf
         self.folder = RunFolder(out, self._settings()) if out is not None else None
         try:
@@ -128,15 +135,18 @@ class Calibration(Iterator[Record]):
         inputs = self.trajectory.inputs()
         moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
-        with products_in(getattr(torch, self.config.products)):
+        with dit.precision(self.config.products, self.pipe.transformer, self.student):
             output, records = pass_through(inputs, moment)
-        self.shared.step(moment.iteration)
+        losses, rows, fine = _read([record.loss for record in records], [record.rows for record in records], output)
+        for step, loss in zip(self.blocks, losses, strict=True):
+            step.checked(loss, moment)
+        require_finite(self.pipe, fine)
         self.trajectory.advance(output)
         self.iteration += 1
-        layers = {name: figures for record in records for name, figures in record.layers.items()}
+        layers = {n: f for step, own in zip(self.blocks, rows, strict=True) for n, f in step.conclude(own).items()}
         ratio_loss = sum(figures.pop("ratio_loss") for figures in layers.values())
         seconds, memory = time.perf_counter() - started, peak_memory(self.trajectory.device)
-        return Record(self.iteration, [record.loss for record in records], ratio_loss, layers, seconds, memory)
+        return Record(self.iteration, losses, ratio_loss, layers, seconds, memory)
 
     def _streaming(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
         """One teacher forward; every block's student follows inside it. The teacher's output, a record per block."""
@@ -148,16 +158,17 @@ class Calibration(Iterator[Record]):
             records.append(self.blocks[index].step((args, kwargs), output, moment))
 
         with following(self.pipe.transformer, follow):
-            return teacher_output(self.pipe, inputs), records
+            output = teacher_forward(self.pipe, inputs)
+        self.shared.step(moment.iteration, torch.stack([record.loss for record in records]).sum())
+        return output, records
 
     def _end_to_end(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
         """The student on its own activations, one graph through all blocks, as the release; needs memory for all of it."""
         with outputs_of(self.pipe.transformer) as targets:
-            output = teacher_output(self.pipe, inputs)
+            output = teacher_forward(self.pipe, inputs)
         with outputs_of(self.student) as own:
             student_output = dit.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
         distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
-        losses = [step.checked(distance, moment) for step, distance in zip(self.blocks, distances, strict=True)]
         if self.config.loss_at == "output":
             loss = distance_weight(self.config, output) * block_loss(student_output, output)
         else:
@@ -165,7 +176,9 @@ class Calibration(Iterator[Record]):
         loss.backward()
         for step in self.blocks:
             step.add_gradients(moment)
-        seen = [step.update(moment) for step in self.blocks]
+        loss, losses = loss.detach(), [distance.detach() for distance in distances]
+        seen = [step.update(loss, moment) for step in self.blocks]
+        self.shared.step(moment.iteration, loss)
         return output, [BlockRecord(*one) for one in zip(losses, own, seen, strict=True)]
 
     def _push_ratios(self) -> bool:
@@ -176,7 +189,7 @@ class Calibration(Iterator[Record]):
         if self.config.ratio_loss_when == "always":
             return True
         with torch.no_grad():
-            value = sum(RATIO_LOSSES[self.config.ratio_loss](z).item() for z in logits)
+            value = sum(torch.stack([RATIO_LOSSES[self.config.ratio_loss](z) for z in logits]).tolist())
         rising = value > self.ratio_minimum
         self.ratio_minimum = min(self.ratio_minimum, value)
         return rising
@@ -248,20 +261,18 @@ class Calibration(Iterator[Record]):
         return True
 
 
-def block_steps(model: nn.Module, config: CalibrationConfig) -> tuple[list[BlockStep], BlockOptimizer]:
-    """A step for every block, and the optimizer of what several blocks share, to be stepped after the last of them."""
-    blocks, names = dit.block_list(model), {module: name for name, module in model.named_modules()}
-    owners: dict[nn.Parameter, set[int]] = {}
-    for index, block in enumerate(blocks):
-        for parameter in block.parameters():
-            if parameter.requires_grad:
-                owners.setdefault(parameter, set()).add(index)
-    steps = []
-    for index, block in enumerate(blocks):
-        layers = {names[layer]: layer for layer in soft_layers(block).values()}
-        own = [p for p, o in owners.items() if o == {index}]
-        steps.append(BlockStep(names[block], block, layers, own, config))
-    return steps, BlockOptimizer([p for p, o in owners.items() if len(o) > 1], set(), config)
+def _read(
+    losses: list[Tensor], rows: list[list[Tensor]], output: Tensor
+) -> tuple[list[float], list[list[list[float]]], bool]:
+    """All that a step left on the device, in one copy: blocks' losses, their layers' rows, whether the output is finite.
+
+    The only time that a step waits for its device.
+    """
+    parts = [torch.stack(losses).double(), output.isfinite().all().double()[None], *sum(rows, [])]
+    numbers = iter(torch.cat(parts).tolist())
+    found = [next(numbers) for _ in losses]
+    fine = bool(next(numbers))
+    return found, [[[next(numbers) for _ in range(len(row))] for row in own] for own in rows], fine
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

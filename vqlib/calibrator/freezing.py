@@ -12,9 +12,12 @@ from vqlib.config import CalibrationConfig
 
 
 class FreezeRule(Protocol):
-    """`limit(logits [N, n], done)`: the largest ratio above which a layer's sub-vectors freeze; done: share of the run, 0 … 1."""
+    """`limit(logits [N, n], done)`: the largest ratio above which a layer's sub-vectors freeze; done: share of the run, 0 … 1.
 
-    def limit(self, logits: Tensor, done: float) -> float: ...
+    A number, or a tensor [] on the device of the logits.
+    """
+
+    def limit(self, logits: Tensor, done: float) -> float | Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,11 @@ class Timetable:
     start: float
     stop: float
 
-    def limit(self, logits: Tensor, done: float) -> float:
+    def limit(self, logits: Tensor, done: float) -> float | Tensor:
         share = (done - self.start) / (self.stop - self.start)
         if not 0.0 < share < 1.0:
             return 1.0 if share <= 0.0 else 0.0
-        largest = kernels.largest_ratios(logits)
-        return largest.kthvalue(max(1, round(len(largest) * (1.0 - share)))).values.item()
+        return kernels.ratio_limit(logits, max(1, round(len(logits) * (1.0 - share))))
 
 
 def freeze_rule(config: CalibrationConfig) -> FreezeRule:

@@ -21,15 +21,18 @@ class BlockOptimizer:
         groups = [{"params": p, "base_lr": lr, "lr": lr} for p, lr in zip(parts, rates, strict=True) if p]
         self.inner = _made(groups, config) if groups else None
 
-    def step(self, iteration: int) -> None:
-        """One update at the rates of step `iteration` (1 the first); gradients are dropped."""
+    def step(self, iteration: int, loss: Tensor) -> None:
+        """One update at the rates of step `iteration` (1 the first); gradients are dropped.
+
+        loss [] is what they belong to; where it is not finite they count as 0.
+        """
         if self.inner is None:
             return
         cosine = self.config.lr_decay == "cosine"
         factor = 0.5 * (1 + math.cos(math.pi * (iteration - 1) / self.config.iterations)) if cosine else 1.0
         for group in self.inner.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.inner.step()
+        self.inner.step(loss)
         self.inner.zero_grad(set_to_none=True)
 
     def forget(self, parameter: nn.Parameter) -> None:
@@ -55,16 +58,28 @@ class BlockOptimizer:
 
 def _made(groups: list[dict], config: CalibrationConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, betas=(0.9, config.smoothing))
-    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
-    return (_RMSprop if on_cpu else torch.optim.RMSprop)(groups, alpha=config.smoothing)
+        return _Adam(groups, betas=(0.9, config.smoothing))
+    return _RMSprop(groups, alpha=config.smoothing)
+
+
+class _Adam(torch.optim.Adam):
+    """torch's, on gradients that are finite."""
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        finite = loss.isfinite()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = torch.where(finite, parameter.grad, 0.0)
+        super().step()
 
 
 class _RMSprop(torch.optim.RMSprop):
-    """The same step and the same state in one pass over each tensor instead of five; on CUDA torch has its own."""
+    """torch's step and state in one pass over each tensor instead of five."""
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, loss: Tensor) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -74,4 +89,4 @@ class _RMSprop(torch.optim.RMSprop):
                     state.update(step=torch.zeros(()), square_avg=torch.zeros_like(parameter))
                 state["step"] += 1
                 sizes = group["lr"], group["alpha"], group["eps"]
-                kernels.rmsprop_step(parameter, parameter.grad, state["square_avg"], *sizes)
+                kernels.rmsprop_step(parameter, parameter.grad, state["square_avg"], *sizes, loss)

@@ -17,16 +17,23 @@ Visit = Callable[[int, tuple, dict, Tensor], object]
 
 
 @torch.no_grad()
-def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
-    """The full-precision model's output float32 [R, 2C, h, w] for a batch, without a graph, its blocks' hooks called.
-
-    Raises FloatingPointError where it is not finite.
-    """
+def teacher_forward(pipe: Pipeline, inputs: Inputs) -> Tensor:
+    """The full-precision model's output float32 [R, 2C, h, w] for a batch, without a graph, its blocks' hooks called."""
     dtype = next(pipe.transformer.parameters()).dtype
-    output = dit.forward(pipe.transformer, inputs.x.to(dtype), inputs.timestep, inputs.labels).float()
-    if not bool(output.isfinite().all()):
-        raise FloatingPointError(f"{pipe.name}: the full-precision model's output is not finite (NaN or infinity)")
+    return dit.forward(pipe.transformer, inputs.x.to(dtype), inputs.timestep, inputs.labels).float()
+
+
+def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
+    """`teacher_forward`, looked at, which waits for the device: FloatingPointError where it is not finite."""
+    output = teacher_forward(pipe, inputs)
+    require_finite(pipe, bool(output.isfinite().all()))
     return output
+
+
+def require_finite(pipe: Pipeline, finite: bool) -> None:
+    """Raises FloatingPointError where the full-precision output was not finite."""
+    if not finite:
+        raise FloatingPointError(f"{pipe.name}: the full-precision model's output is not finite (NaN or infinity)")
 
 
 @contextmanager

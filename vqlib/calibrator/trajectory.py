@@ -14,6 +14,7 @@ from torch import Tensor
 from vqlib.config import CalibrationConfig
 from vqlib.models.ddpm import NoiseSchedule, guide
 from vqlib.models.pipeline import Pipeline
+from vqlib.system.memory import sent
 
 GUIDED_CHANNELS = 3  # of the latents, as DiT samples
 
@@ -30,8 +31,8 @@ class Inputs:
 class Trajectory:
     """B images on their way from noise; `inputs()` is the batch to evaluate, `advance(output)` takes one DDPM step.
 
-    Image b starts anew from fresh noise and a random class when it arrives. All draws of move m come from a generator
-    seeded with (seed, m), so `state()` needs no generator. With `staggered` order image b is b/B of a trajectory ahead.
+    Image b starts anew from fresh noise and a random class when it arrives. All draws of move m come from a generator of
+    the CPU's, seeded with (seed, m): a seed means the same inputs on every device, and `state()` needs no generator. With `staggered` order image b is b/B of a trajectory ahead.
     """
 
     def __init__(self, pipe: Pipeline, config: CalibrationConfig) -> None:
@@ -39,16 +40,16 @@ class Trajectory:
             raise ValueError(f"{pipe.name} is in training mode, which drops class labels at random; call .eval() first")
         self.config, self.device = config, pipe.device
         self.classes, self.null_class, self.shape = len(pipe.class_names), pipe.null_class, pipe.latent_shape
-        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)
+        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps).to(self.device)
         self.posterior = self.schedule.posterior()
         self.moves = 0
         batch = config.batch_size
         generator = self._generator()
         self.x = self._noise(generator)
-        self.labels = torch.randint(self.classes, (batch,), generator=generator)
-        self.step = torch.full((batch,), config.steps - 1)
+        self.labels = self._integers(self.classes, generator)
+        self.step = torch.full((batch,), config.steps - 1, device=self.device)
         if config.inputs == "noise":
-            self.step = torch.randint(config.steps, (batch,), generator=generator)
+            self.step = self._integers(config.steps, generator)
 
     def inputs(self) -> Inputs:
         """The current batch, with its unconditional half behind it when guidance is on."""
@@ -57,7 +58,7 @@ class Trajectory:
         if self.config.guided:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
-        return Inputs(x, timestep.to(self.device), labels.to(self.device))
+        return Inputs(x, timestep, labels)
 
     @torch.no_grad()
     def advance(self, output: Tensor) -> None:
@@ -65,16 +66,16 @@ class Trajectory:
         self.moves += 1
         generator = self._generator()
         noise, fresh = self._noise(generator), self._noise(generator)
-        new_labels = torch.randint(self.classes, self.labels.shape, generator=generator)
+        new_labels = self._integers(self.classes, generator)
         if self.config.inputs == "noise":
             self.x, self.labels = fresh, new_labels
-            self.step = torch.randint(self.config.steps, self.step.shape, generator=generator)
+            self.step = self._integers(self.config.steps, generator)
             return
         if self.config.guided:
             output = guide(output, self.config.guidance_scale, min(GUIDED_CHANNELS, self.shape[0]))
         mean, log_variance = self.posterior.predict(output, self.x, self.step)
         done = self.step == 0
-        arrived = done.view(-1, 1, 1, 1).to(self.device)
+        arrived = done.view(-1, 1, 1, 1)
         moved = mean + (0.5 * log_variance).exp() * noise
         self.x = torch.where(arrived, fresh, moved)
         self.labels = torch.where(done, new_labels, self.labels)
@@ -88,15 +89,14 @@ class Trajectory:
         if self.config.timestep_order != "staggered" or self.config.inputs == "noise":
             return
         batch, steps = self.config.batch_size, self.config.steps
-        target = steps - 1 - torch.arange(batch) * steps // batch
+        target = steps - 1 - torch.arange(batch, device=self.device) * steps // batch
         while True:
             waiting = self.step <= target
             if waiting.all():
                 return
             x, step, labels = self.x, self.step, self.labels
             self.advance(forward(self.inputs()))
-            keep = waiting.view(-1, 1, 1, 1).to(self.device)
-            self.x = torch.where(keep, x, self.x)
+            self.x = torch.where(waiting.view(-1, 1, 1, 1), x, self.x)
             self.step, self.labels = torch.where(waiting, step, self.step), torch.where(waiting, labels, self.labels)
 
     def state(self) -> dict[str, Tensor]:
@@ -105,11 +105,14 @@ class Trajectory:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave."""
-        self.x = state["x"].to(self.device)
-        self.step, self.labels, self.moves = state["step"], state["labels"], int(state["moves"])
+        self.x, self.step, self.labels = (state[name].to(self.device) for name in ("x", "step", "labels"))
+        self.moves = int(state["moves"])
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.moves)
 
     def _noise(self, generator: torch.Generator) -> Tensor:
-        return torch.randn(self.config.batch_size, *self.shape, generator=generator).to(self.device)
+        return sent(torch.randn(self.config.batch_size, *self.shape, generator=generator), self.device)
+
+    def _integers(self, below: int, generator: torch.Generator) -> Tensor:
+        return sent(torch.randint(below, (self.config.batch_size,), generator=generator), self.device)

@@ -5,6 +5,7 @@ other types, other sizes and other devices go to the plain torch twins in `refer
 """
 
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqlib.kernels import reference
-from vqlib.kernels.reference import FROZEN_LOGIT, ClusterSums, RatioStatistics
+from vqlib.kernels.reference import FROZEN_LOGIT, ClusterSums, RatioStatistics, check_candidates
 
 __all__ = [
     "FROZEN_LOGIT",
@@ -21,26 +22,36 @@ __all__ = [
     "RatioStatistics",
     "add_ratio_gradient",
     "assign",
+    "check_candidates",
     "cluster_sums",
     "gather",
-    "largest_ratios",
     "nearest",
+    "ratio_limit",
     "ratio_loss",
     "rmsprop_step",
     "settle_ratios",
     "soft_reconstruct",
-    "used_codewords",
 ]
 
 
 @cache
 def back_end(device_type: str) -> ModuleType | None:
-    """The fused loops of a device, imported at first use to keep imports fast; None without numba or triton."""
+    """The fused loops of a device, imported at first use to keep imports fast; None without numba or triton.
+
+    Where kernels cannot be compiled, for want of a compiler or a header, one warning says so, and None.
+    """
     if device_type not in ("cpu", "cuda"):
         return None
     try:
-        return importlib.import_module(f"vqlib.kernels.{device_type}")
+        found = importlib.import_module(f"vqlib.kernels.{device_type}")
+        assigned = found.assign(torch.zeros(1, 1, device=device_type), torch.zeros(1, 1, device=device_type))
+        return found if assigned.tolist() == [0] else None
     except ImportError:
+        return None
+    except Exception as error:  # whatever a compiler says
+        warnings.warn(
+            f"no kernel can be compiled for {device_type}, plain torch does its work, slower: {error}", stacklevel=2
+        )
         return None
 
 
@@ -94,7 +105,8 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     """Ratio-weighted mean of each sub-vector's candidates (Eq. 6 and 7), differentiable in codewords and logits.
 
     [k, d], integer [N, n], [N, n] -> [N, d]. With n = 1 the logits have no effect and may be None.
-    ValueError for shapes that do not fit, IndexError for a candidate outside the codebook.
+    ValueError for shapes that do not fit. A candidate outside the codebook is an IndexError on the CPU and NaN on CUDA:
+    `check_candidates` once, where they are made.
     """
     count, n = candidates.shape
     if (logits is None and n != 1) or (logits is not None and logits.shape != candidates.shape):
@@ -119,32 +131,41 @@ def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -
 
 
 @torch.no_grad()
-def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
-    """v ← αv + (1 − α)g², x ← x − rate·g / (√v + eps): RMSprop on `values` and `squares`, in place."""
+def rmsprop_step(
+    values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float, loss: Tensor
+) -> None:
+    """v ← αv + (1 − α)g², x ← x − rate·g / (√v + eps): RMSprop on `values` and `squares`, in place.
+
+    `loss` [] is what g belongs to: where it is not finite `values` stay as they are, and nobody has to wait to find out.
+    """
     values = values.detach()
     chosen = _function("rmsprop_step", values, grad, squares, written=(values, squares))
-    chosen(values, grad, squares, rate, smoothing, eps)
-
-
-def largest_ratios(logits: Tensor) -> Tensor:
-    """The largest ratio of every sub-vector, max softmax(logits): [N, n] -> [N]."""
-    return _function("largest_ratios", logits, candidates=logits.shape[1])(logits.detach())
-
-
-def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
-    """How many of k codewords some sub-vector has chosen: integer [N, n], position of the chosen one uint8 [N]."""
-    return _function("used_codewords", candidates, winners)(candidates, winners, k)
+    chosen(values, grad, squares, rate, smoothing, eps, loss.detach())
 
 
 @torch.no_grad()
-def settle_ratios(logits: Tensor, threshold: float = 0.99, freeze: bool = False) -> RatioStatistics:
-    """Statistics of the ratios softmax(logits [N, n]) in one pass; with `freeze`, rows above the threshold become one-hot.
+def ratio_limit(logits: Tensor, rank: int) -> Tensor:
+    """The `rank`-th smallest, 1 the first, of the sub-vectors' largest ratios max softmax(logits): [N, n] -> scalar.
 
-    Freezing changes `logits` in place, and the statistics are those before it.
+    ValueError for a rank outside 1 … N.
+    """
+    if not 1 <= rank <= len(logits):
+        raise ValueError(f"rank {rank} is outside 1 … {len(logits)} sub-vectors")
+    return _function("ratio_limit", logits, candidates=logits.shape[1])(logits.detach(), rank)
+
+
+@torch.no_grad()
+def settle_ratios(
+    logits: Tensor, candidates: Tensor, k: int, limit: float | Tensor = 0.99, freeze: bool = False
+) -> Tensor:
+    """Statistics of the ratios softmax(logits [N, n]) in one pass; with `freeze`, rows above the limit become one-hot.
+
+    float64 [26] on the device of the logits, so that nobody has to wait for it: `RatioStatistics.of(row.tolist())`. Freezing
+    changes `logits` in place, and the statistics are those before it. candidates: integer [N, n] into k codewords.
     """
     logits = logits.detach()
-    chosen = _function("settle_ratios", logits, candidates=logits.shape[1], written=(logits,))
-    return chosen(logits, threshold, freeze)
+    chosen = _function("settle_ratios", logits, candidates, candidates=logits.shape[1], written=(logits,))
+    return chosen(logits, candidates, k, limit, freeze)
 
 
 def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """The CPU's back end: float32 tensors in, numba's loops over their memory; results do not depend on the number of threads."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from vqlib.kernels import cpu_gather, cpu_ratios, cpu_search, cpu_soft
-from vqlib.kernels.reference import ClusterSums, RatioStatistics
+from vqlib.kernels.reference import ClusterSums, check_candidates
 
 MAX_LENGTH = min(cpu_search.MAX_LENGTH, cpu_soft.MAX_LENGTH)
 MAX_CANDIDATES = cpu_soft.MAX_CANDIDATES
@@ -32,6 +35,7 @@ class _SoftReconstruct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, codewords, candidates, logits):
+        check_candidates(candidates, len(codewords))  # compiled loops would read past the end
         ctx.save_for_backward(codewords, candidates, logits)
         arrays = _array(codewords), _array(candidates), None if logits is None else _array(logits)
         return torch.from_numpy(cpu_soft.forward(*arrays))
@@ -58,19 +62,19 @@ def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -
     cpu_ratios.add_loss(_array(logits), kind == "absolute", weight, grad.numpy())
 
 
-def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
-    cpu_ratios.rmsprop(values.numpy(), _array(grad), squares.numpy(), rate, smoothing, eps)
+def rmsprop_step(
+    values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float, loss: Tensor
+) -> None:
+    if math.isfinite(loss.item()):
+        cpu_ratios.rmsprop(values.numpy(), _array(grad), squares.numpy(), rate, smoothing, eps)
 
 
-def largest_ratios(logits: Tensor) -> Tensor:
-    return torch.from_numpy(cpu_ratios.largest(_array(logits)))
+def ratio_limit(logits: Tensor, rank: int) -> Tensor:
+    return torch.from_numpy(cpu_ratios.largest(_array(logits))).kthvalue(rank).values
 
 
-def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
-    return cpu_ratios.used_codewords(_array(candidates), _array(winners), k)
-
-
-def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatistics:
-    histogram, sums, winners = cpu_ratios.settle(logits.numpy(), threshold, freeze)
-    means = (sums / max(len(logits), 1)).tolist()
-    return RatioStatistics(torch.from_numpy(histogram), *means, torch.from_numpy(winners))
+def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Tensor, freeze: bool) -> Tensor:
+    check_candidates(candidates, k)
+    histogram, sums, winners = cpu_ratios.settle(logits.numpy(), float(limit), freeze)
+    used = cpu_ratios.used_codewords(_array(candidates), winners, k)
+    return torch.from_numpy(np.concatenate([sums / max(len(logits), 1), [used], histogram]))

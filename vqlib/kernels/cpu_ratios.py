@@ -7,7 +7,7 @@ last sub-vector, except where something is added up.
 import numpy as np
 from numba import njit
 
-from vqlib.kernels.cpu_soft import CHUNK, check_candidates, load_block, softmax_block, store_block
+from vqlib.kernels.cpu_soft import CHUNK, load_block, softmax_block, store_block
 from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS
 from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
 from vqlib.kernels.vectors import OPTIONS
@@ -207,9 +207,8 @@ def largest(logits: np.ndarray) -> np.ndarray:
 
 
 def used_codewords(candidates: np.ndarray, winners: np.ndarray, k: int) -> int:
-    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]; IndexError."""
+    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]."""
     count, n = candidates.shape
-    check_candidates(candidates, k)
     used = np.zeros(k, dtype=np.bool_)
     slots, codes = (0,) * n, candidates.reshape(-1)
     _in_chunks(lambda _, low, high: _mark_used(slots, codes, winners, low, high, used), count)

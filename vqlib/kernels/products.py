@@ -2,16 +2,15 @@
 
 torch hands float32 products on a CPU to MKL, and MKL keeps to AVX2 on processors that are not Intel's. There oneDNN,
 which torch has too and calls for convolutions, makes the same product with AVX-512 in half the time: a linear layer over
-tokens is a convolution of width 1. Elsewhere, and for rows that are no tokens, `F.linear` stays. Within
-`products_in(torch.bfloat16)` factors and product of a linear layer are rounded to bfloat16, forward and backward.
+tokens is a convolution of width 1. Elsewhere, and for rows that are no tokens, `F.linear` stays. `products_in` says in how
+many bits a model's products are made.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -32,20 +31,27 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
-_dtype: ContextVar[torch.dtype | None] = ContextVar("dtype of products", default=None)
+
+PRODUCTS = ("float32", "tf32", "bfloat16")
 
 
 @contextmanager
-def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block `linear` makes float32 products in `dtype`, forward and backward; inputs and outputs stay float32.
+def products_in(name: str, device: torch.device) -> Iterator[None]:
+    """Within the block matrix products and convolutions are made as `name` says, whatever torch is set to by default.
 
-    Attention, the embedders and the final layer are not `linear`'s, and a compiled model is left as it is.
+    "float32": all bits; "tf32": factors rounded to 10 bits of mantissa where the device has such products (NVIDIA, from
+    the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are.
     """
-    token = _dtype.set(None if dtype == torch.float32 else dtype)
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = name == "tf32"
     try:
-        yield
+        half = name == "bfloat16"
+        asked = half or torch.is_autocast_enabled(device.type)  # by a caller, against what `name` says
+        with torch.autocast(device.type, torch.bfloat16, enabled=half) if asked else nullcontext():
+            yield
     finally:
-        _dtype.reset(token)
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,10 +61,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    dtype = _dtype.get()
-    if dtype is not None:
-        product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
-        return product if bias is None else product + bias
     if not (ONEDNN_IS_FASTER and x.dim() == 3 and x.numel() and x.device.type == "cpu") or torch.is_autocast_enabled(
         "cpu"
     ):

@@ -4,6 +4,8 @@ Searches go through the points in chunks, so that memory stays bounded however m
 compiled kernels are tested against these functions; devices without a compiled kernel use them directly.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from vqlib.kernels.bits import CHUNK, unpack_range
 
 _SCORES_PER_CHUNK = 1 << 24  # elements of the [chunk, k] score matrix: 64 MiB in float32
 HISTOGRAM_BINS = 20
+SUMS = 5  # of RatioStatistics, those that are means over the sub-vectors
 INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch lacks minima of the others
 FROZEN_LOGIT = -1e4  # exp(−1e4) is exactly 0 in float32: the ratios of a frozen sub-vector are exactly one-hot
 
@@ -29,13 +32,18 @@ class ClusterSums(NamedTuple):
 class RatioStatistics(NamedTuple):
     """Summary of one layer's candidate ratios before those above the threshold were frozen."""
 
-    histogram: Tensor  # [20] int64, largest ratio of each sub-vector in equal bins over 0..1
     entropy: float  # mean entropy in nats, 0..log n
     winners_not_first: float  # share of sub-vectors whose largest ratio is not candidate 0
     frozen: float  # share of sub-vectors whose largest ratio is above the threshold, or 1
     absolute: float  # mean of Σ_n (1 − |2r − 1|), Eq. 9
     quadratic: float  # mean of Σ_n r(1 − r)
-    winners: Tensor  # [N] uint8, position of the largest ratio
+    used: int  # codewords that are some sub-vector's largest ratio
+    histogram: list[int]  # [20] largest ratio of each sub-vector in equal bins over 0..1
+
+    @classmethod
+    def of(cls, row: list[float]) -> RatioStatistics:
+        """From a row of `settle_ratios`, read back from wherever it was made."""
+        return cls(*row[:SUMS], int(row[SUMS]), [int(count) for count in row[SUMS + 1 :]])
 
 
 def _chunks(count: int, columns: int) -> Iterator[slice]:
@@ -84,9 +92,24 @@ def cluster_sums(x: Tensor, codewords: Tensor, search: Callable[[Tensor, Tensor]
         codes = search(x[part], codewords)
         wide = x[part].double()
         sums.index_add_(0, codes, wide)
-        counts += torch.bincount(codes, minlength=k)
+        counts.index_add_(0, codes, torch.ones_like(codes))
         squares.index_add_(0, codes, wide.square().sum(dim=1))
     return ClusterSums(sums, counts, squares)
+
+
+def check_candidates(candidates: Tensor, k: int, name: str = "") -> None:
+    """IndexError, with its row and the layer's name, for one of integers [N, n] outside a codebook of k. Waits for the device."""
+    codes = candidates if candidates.dtype in INDEX_TYPES else candidates.long()
+    if not codes.numel():
+        return
+    low, high = torch.stack(torch.aminmax(codes)).tolist()
+    if low < 0 or high >= k:
+        codes = codes.long()
+        outside = int(((codes < 0) | (codes >= k)).any(dim=1).int().argmax())
+        row, layer = codes[outside].tolist(), f" ({name})" if name else ""
+        raise IndexError(
+            f"candidates {row} of sub-vector {outside} are not all in 0..{k - 1}, the codebook has k={k}{layer}"
+        )
 
 
 def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
@@ -98,13 +121,18 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     return (ratios[:, :, None] * members).sum(dim=1)  # [N, n, d] -> [N, d]
 
 
+def open_rows(logits: Tensor) -> Tensor:
+    """Whether a sub-vector is not frozen: [N, n] -> bool [N]."""
+    return logits.detach().amin(dim=1) > FROZEN_LOGIT
+
+
 def ratio_loss(kind: str, logits: Tensor) -> Tensor:
     """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"), by autograd; logits [N, n]."""
     ratios = logits.softmax(dim=1)
     if kind == "absolute":
         return (1.0 - (2.0 * ratios - 1.0).abs()).sum() / len(logits)
-    open_rows = logits.detach().amin(dim=1) > FROZEN_LOGIT
-    return ((ratios * (1.0 - ratios)).sum(dim=1) * open_rows).sum() / open_rows.sum().clamp_min(1)
+    still_open = open_rows(logits)
+    return ((ratios * (1.0 - ratios)).sum(dim=1) * still_open).sum() / still_open.sum().clamp_min(1)
 
 
 @torch.enable_grad()
@@ -114,8 +142,11 @@ def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -
     grad += torch.autograd.grad(weight * ratio_loss(kind, leaf), leaf)[0]
 
 
-def rmsprop_step(values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float) -> None:
-    """The step of torch.optim.RMSprop, in place."""
+def rmsprop_step(
+    values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float, loss: Tensor
+) -> None:
+    """The step of torch.optim.RMSprop, in place; a gradient of a loss that is not finite counts as 0."""
+    grad = torch.where(loss.isfinite(), grad, 0.0)
     squares.mul_(smoothing).addcmul_(grad, grad, value=1.0 - smoothing)
     values.addcdiv_(grad, squares.sqrt().add_(eps), value=-rate)
 
@@ -125,33 +156,32 @@ def largest_ratios(logits: Tensor) -> Tensor:
     return logits.softmax(dim=1).amax(dim=1)
 
 
-def used_codewords(candidates: Tensor, winners: Tensor, k: int) -> int:
-    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]."""
-    assignments = candidates.gather(1, winners.long().unsqueeze(1))[:, 0]  # [N, n] -> [N]
-    return int(torch.bincount(assignments.int(), minlength=k).count_nonzero())
+def ratio_limit(logits: Tensor, rank: int) -> Tensor:
+    """The `rank`-th smallest of the largest ratios, 1 the first: [N, n] -> scalar."""
+    return largest_ratios(logits).sort().values[rank - 1]
 
 
-def settle_ratios(logits: Tensor, threshold: float, freeze: bool) -> RatioStatistics:
-    """Statistics of the ratios softmax(logits [N, n]); with `freeze`, rows above the threshold become one-hot in place."""
+def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Tensor, freeze: bool) -> Tensor:
+    """A row of `RatioStatistics`; with `freeze`, rows of logits [N, n] above the limit become one-hot in place."""
     count, n = logits.shape
-    histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=logits.device)
-    sums = torch.zeros(5, dtype=torch.float64, device=logits.device)
-    winners = torch.empty(count, dtype=torch.uint8, device=logits.device)
+    histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(SUMS, dtype=torch.float64, device=logits.device)
+    used = torch.zeros(k, dtype=torch.float64, device=logits.device)
     for part in _chunks(count, n):
         logs = torch.log_softmax(logits[part].float(), dim=1)
         ratios = logs.exp()
-        largest, winner = ratios.max(dim=1)
-        bins = (largest * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
-        histogram += torch.bincount(bins, minlength=HISTOGRAM_BINS)
+        largest, winner = ratios.max(dim=1, keepdim=True)
+        bins = (largest[:, 0] * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
+        histogram += torch.zeros_like(histogram).index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
         absolute, quadratic = (1.0 - (2.0 * ratios - 1.0).abs()).sum(dim=1), (ratios * (1.0 - ratios)).sum(dim=1)
-        above = (largest > threshold) | (largest >= 1.0)
-        rows = (-(ratios * logs).sum(dim=1), winner != 0, above, absolute, quadratic)
+        above = (largest > limit) | (largest >= 1.0)
+        rows = (-(ratios * logs).sum(dim=1), winner[:, 0] != 0, above[:, 0], absolute, quadratic)
         sums += torch.stack([row.double().sum() for row in rows])
-        winners[part] = winner.to(torch.uint8)
+        used.index_fill_(0, candidates[part].gather(1, winner)[:, 0].long(), 1.0)
         if freeze:
-            frozen = torch.full_like(logs, FROZEN_LOGIT).scatter_(1, winner[:, None], 0.0)
-            logits[part] = torch.where(above[:, None], frozen.to(logits.dtype), logits[part])
-    return RatioStatistics(histogram, *(sums / max(count, 1)).tolist(), winners)
+            frozen = torch.full_like(logs, FROZEN_LOGIT).scatter_(1, winner, 0.0)
+            logits[part] = torch.where(above, frozen.to(logits.dtype), logits[part])
+    return torch.cat([sums / max(count, 1), used.sum()[None], histogram])
 
 
 def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:

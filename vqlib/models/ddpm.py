@@ -1,12 +1,12 @@
 """DDPM with learned variance: Ho et al. (2020) and Nichol & Dhariwal (2021), as DiT is trained and sampled.
 
-All coefficients are kept in float64 on the CPU and are rounded once, where they meet the latents.
+All coefficients are kept in float64 and are rounded once, where they meet the latents.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -48,15 +48,19 @@ class NoiseSchedule:
         if not 1 <= steps <= total:
             raise ValueError(f"steps={steps} is outside 1 … {total}, the number of training timesteps")
         stride = (total - 1) / (steps - 1) if steps > 1 else 0.0
-        kept = torch.tensor([round(i * stride) for i in range(steps)], dtype=torch.int64)
+        kept = torch.tensor([round(i * stride) for i in range(steps)], dtype=torch.int64, device=self.betas.device)
         abar = self.alphas_cumprod[kept]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        previous = torch.cat([abar.new_ones(1), abar[:-1]])
         return NoiseSchedule(1.0 - abar / previous, self.timesteps[kept])
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The same schedule on a device, where its steps and latents are."""
+        return NoiseSchedule(self.betas.to(device), self.timesteps.to(device))
 
     def posterior(self) -> Posterior:
         """The coefficients of q(x_{t−1} | x_t, x_0) for every step."""
         abar = self.alphas_cumprod
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        previous = torch.cat([abar.new_ones(1), abar[:-1]])
         variance = self.betas * (1.0 - previous) / (1.0 - abar)
         # The first variance is 0; its log is taken from the second step, as in the reference implementation.
         floor = variance[1:2] if len(variance) > 1 else self.betas[:1]
@@ -71,13 +75,16 @@ class NoiseSchedule:
 
     def add_noise(self, x0: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε for step indices [B] and images [B, C, H, W]."""
-        abar = self.alphas_cumprod[step.cpu()]
+        abar = self.alphas_cumprod[step]
         return _as(abar.sqrt(), x0) * x0 + _as((1.0 - abar).sqrt(), x0) * noise
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Per-step coefficients, each float64 [S]; the reverse step of DDPM in terms of the model's output."""
+    """Per-step coefficients, each float64 [S]; the reverse step of DDPM in terms of the model's output.
+
+    Steps [B] are on the coefficients' device.
+    """
 
     sqrt_recip_abar: Tensor
     sqrt_recipm1_abar: Tensor
@@ -86,9 +93,13 @@ class Posterior:
     min_log_variance: Tensor
     max_log_variance: Tensor
 
+    def to(self, device: torch.device) -> Posterior:
+        """The same coefficients on a device."""
+        return Posterior(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def mean(self, x0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """Mean of q(x_{t−1} | x_t, x_0), Ho et al. (2020), eq. 7."""
-        return _as(self.x0_coefficient[step.cpu()], x_t) * x0 + _as(self.xt_coefficient[step.cpu()], x_t) * x_t
+        return _as(self.x0_coefficient[step], x_t) * x0 + _as(self.xt_coefficient[step], x_t) * x_t
 
     def predict(self, output: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of p(x_{t−1} | x_t) from a learned-variance output [B, 2C, H, W] and steps [B].
@@ -97,24 +108,22 @@ class Posterior:
         posterior's β̃_t and β_t (Nichol & Dhariwal 2021, eq. 15).
         """
         epsilon, v = output.chunk(2, dim=1)
-        index = step.cpu()
-        x0 = _as(self.sqrt_recip_abar[index], x_t) * x_t - _as(self.sqrt_recipm1_abar[index], x_t) * epsilon
+        x0 = _as(self.sqrt_recip_abar[step], x_t) * x_t - _as(self.sqrt_recipm1_abar[step], x_t) * epsilon
         fraction = (v + 1.0) / 2.0
-        log_variance = fraction * _as(self.max_log_variance[index], x_t)
-        log_variance = log_variance + (1.0 - fraction) * _as(self.min_log_variance[index], x_t)
+        log_variance = fraction * _as(self.max_log_variance[step], x_t)
+        log_variance = log_variance + (1.0 - fraction) * _as(self.min_log_variance[step], x_t)
         return self.mean(x0, x_t, step), log_variance
 
     def variational_bound(self, output: Tensor, x0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """L_t of each image in nats per dimension, [B]: KL(q ‖ p) for t > 0, Gaussian negative log-likelihood at t = 0."""
         mean, log_variance = self.predict(output, x_t, step)
-        index = step.cpu()
         true_mean = self.mean(x0, x_t, step)
-        true_log_variance = _as(self.min_log_variance[index], x_t)
+        true_log_variance = _as(self.min_log_variance[step], x_t)
         squared = (true_mean - mean) ** 2
         kl = 0.5 * (log_variance - true_log_variance - 1.0)
         kl = kl + 0.5 * ((true_log_variance - log_variance).exp() + squared * (-log_variance).exp())
         likelihood = 0.5 * ((x0 - mean) ** 2 * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
-        return torch.where(_as(index == 0, x_t).bool(), likelihood, kl).flatten(1).mean(1)
+        return torch.where(_as(step == 0, x_t).bool(), likelihood, kl).flatten(1).mean(1)
 
 
 def _as(values: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vqlib.config import SamplingConfig, as_integer, as_seed
 from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
 from vqlib.models.pipeline import Pipeline
-from vqlib.system.memory import keep_freed_memory
+from vqlib.system.memory import keep_freed_memory, sent
 
 # Matrix products of 1 … 3 rows take other kernels on the CPU, which round differently. From 4 rows on, an image of the
 # models tried came out bit-equal whatever its neighbours, so a smaller batch is filled up to 4.
@@ -108,7 +108,7 @@ class _Sampler:
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)
-        self.posterior: Posterior = self.schedule.posterior()
+        self.posterior: Posterior = self.schedule.posterior().to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -121,7 +121,7 @@ class _Sampler:
         x = self.noise(generators)
         good = torch.zeros(len(label), dtype=torch.int32, device=self.device)  # steps after which an image was finite
         for done, index in enumerate(reversed(range(self.config.steps)), start=1):
-            step = torch.full((len(label),), index)
+            step = torch.full_like(label, index)
             mean, log_variance = self.posterior.predict(self.output(x, label, index), x, step)
             x = mean  # the last step adds no noise
             if index > 0:
@@ -134,7 +134,7 @@ class _Sampler:
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """N(0, 1) of shape [B, C, h, w], drawn on the CPU so that a seed means the same image on every device."""
         draws = [torch.randn(self.pipe.latent_shape, generator=generator) for generator in generators]
-        return torch.stack(draws).to(self.device)  # B × [C, h, w] -> [B, C, h, w]
+        return sent(torch.stack(draws), self.device)  # B × [C, h, w] -> [B, C, h, w]
 
     def output(self, x: Tensor, label: Tensor, index: int) -> Tensor:
         """The model's (guided) ε and v at schedule step `index`, float32 [B, 2C, h, w]; one forward of B or 2B."""

@@ -17,7 +17,8 @@ from vqlib.quantizer.subvectors import join
 class CandidateLinear(nn.Module):
     """A linear layer under calibration: its weight is Σ_n r_n · C[A_c,n] with trainable codebook, logits and bias.
 
-    codebook: Parameter [k, d], possibly shared with other layers; candidates: integers [N, n]; logits: Parameter
+    codebook: Parameter [k, d], possibly shared with other layers; candidates: integers [N, n], checked here and where a
+    state is loaded (IndexError), for the GPU does not look at them again; logits: Parameter
     float32 [N, n], or None where n = 1 leaves nothing to choose; scale: Parameter [] or None where the codebook is the
     layer's own; bias: Parameter [out] or None. All float32, for small steps would be lost in fewer bits.
     """
@@ -32,6 +33,7 @@ class CandidateLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
+        kernels.check_candidates(candidates.indices, len(codebook))
         self.codebook = codebook
         self.register_buffer("candidates", candidates.indices)
         self.register_buffer("chosen", None, persistent=False)  # [N, 1] once `settle` was called
@@ -69,6 +71,7 @@ class CandidateLinear(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.chosen = None  # other ratios may come
         super()._load_from_state_dict(*args, **kwargs)
+        kernels.check_candidates(self.candidates, len(self.codebook))
 
     def extra_repr(self) -> str:
         n, (k, d) = self.candidates.shape[1], self.codebook.shape

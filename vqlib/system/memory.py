@@ -45,6 +45,19 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device, without waiting for it: over pinned memory where that is CUDA's."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew where that can be done: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_label(device: torch.device | str) -> str:
     """What a result's key calls a device: "cpu", or the GPU's name; figures of two kinds of device are kept apart."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(torch.device(device).type)

@@ -1,0 +1,16 @@
+"""Where every kernel of Triton's is launched: one grid, the tensors' own device, options that all share."""
+
+import torch
+import triton
+from torch import Tensor
+
+OPTIONS = {"enable_fp_fusion": True}  # multiply-add as in the twins on CUDA; Triton 3.10 no longer fuses unasked
+
+
+def launch(
+    kernel: triton.JITFunction, programs: int, *arguments: Tensor | int | float | None, **sizes: int | bool
+) -> None:
+    """Start `programs` programs of a kernel on the device of its first argument; nothing where there are none."""
+    if programs:
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+            kernel[(programs,)](*arguments, **sizes, **OPTIONS)
