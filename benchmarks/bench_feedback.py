@@ -19,6 +19,7 @@ from vqlib.config import recipe_vq
 from vqlib.models.geometry import Geometry
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
+from vqlib.quantizer.feedback import Columns
 from vqlib.system.memory import peak_memory
 
 
@@ -51,20 +52,32 @@ def main() -> None:
     small = torch.randn(64, 64, generator=generator).to(device)
     fit_codebook(small.view(-1, vq.d), vq.k)  # both compile
     candidates_with_feedback(
-        small, torch.eye(64, device=device), small.view(-1, vq.d)[: vq.k], vq.candidates, vq.ratio_start
+        small,
+        Columns.of(torch.eye(64, device=device), vq.d),
+        small.view(-1, vq.d)[: vq.k],
+        vq.candidates,
+        vq.ratio_start,
     )
     shapes = list(geometry.linears().values())
     rows = []
     for shape in dict.fromkeys(shapes):
         w, h = weight(*shape, generator).to(device), hessian(shape[1], generator, device)
         book, kmeans = timed(lambda: fit_codebook(w.view(-1, vq.d), vq.k))
-        found, candidates = timed(lambda: candidates_with_feedback(w, h, book.codewords, vq.candidates, vq.ratio_start))
+        columns, factoring = timed(lambda: Columns.of(h, vq.d))
+        found, candidates = timed(
+            lambda: candidates_with_feedback(w, columns, book.codewords, vq.candidates, vq.ratio_start)
+        )
         _, refitting = timed(lambda: refit(w, h, found.indices[:, 0].long(), book.codewords))
-        row = {"shape": f"{shape[0]}×{shape[1]}", "layers": geometry.depth * shapes.count(shape), "k-means s": kmeans}
+        row = {
+            "shape": f"{shape[0]}×{shape[1]}",
+            "layers": geometry.depth * shapes.count(shape),
+            "k-means s": kmeans,
+            "factor s": factoring,
+        }
         rows.append(row | {"candidates s": candidates, "refit s": refitting})
     table = pd.DataFrame(rows)
-    table["ratio to k-means"] = (table["candidates s"] + table["refit s"]) / table["k-means s"]
-    seconds = (table["candidates s"] + table["refit s"]) @ table["layers"]
+    table["ratio to k-means"] = (table["factor s"] + table["candidates s"] + table["refit s"]) / table["k-means s"]
+    seconds = (table["factor s"] + table["candidates s"] + table["refit s"]) @ table["layers"]
     notes = [f"{device_name(device, options.threads)}; {versions('numba')}.", f"{options.bits} bits: k = {vq.k}, d = {vq.d}, "
              f"n = {vq.candidates}; seconds of one layer. All {table['layers'].sum()} layers: {seconds:.0f} s; peak memory of the "
              f"process {peak_memory(device) / 2**30:.2f} GiB."]  # fmt: skip

@@ -13,7 +13,7 @@ from vqlib.packed.harden import harden
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
-from vqlib.quantizer.feedback import damped, quantize_columns
+from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.baselines.baseline import full_precision, packed, replace_weights
 from vqlib.studies.baselines.gptq import gptq
@@ -76,7 +76,7 @@ def test_what_the_chosen_columns_add_is_the_weighted_error_of_the_result(width):
         added.append(float(((columns - quantized) @ torch.linalg.inv(root)).square().sum()))
         return quantized
 
-    result = quantize_columns(weight, hessian, width, choose)
+    result = quantize_columns(weight, Columns.of(hessian, width), choose)
     assert sum(added) == pytest.approx(weighted_error(weight - result, hessian), rel=1e-5)
     assert torch.equal(result, result.round()) and len(added) == 16 // width
 
@@ -89,16 +89,16 @@ def test_with_independent_inputs_nothing_is_passed_on_and_with_mixed_ones_feedba
     def nearest(columns, root, positions):
         return grid.round(columns, positions)
 
-    alone = quantize_columns(weight, torch.eye(16) * torch.rand(16) + 0.01 * torch.eye(16), 1, nearest)
+    alone = quantize_columns(weight, Columns.of(torch.eye(16) * torch.rand(16) + 0.01 * torch.eye(16), 1), nearest)
     assert torch.allclose(alone, plain, atol=1e-6)
-    passed_on = quantize_columns(weight, hessian, 1, nearest)
+    passed_on = quantize_columns(weight, Columns.of(hessian, 1), nearest)
     assert weighted_error(weight - passed_on, hessian) < 0.7 * weighted_error(weight - plain, hessian)
 
 
 def test_inputs_that_are_always_zero_do_no_harm():
     weight, hessian = weight_and_hessian()
     hessian[3], hessian[:, 3] = 0.0, 0.0
-    assert torch.isfinite(quantize_columns(weight, hessian, 1, lambda w, root, where: w.round())).all()
+    assert torch.isfinite(quantize_columns(weight, Columns.of(hessian, 1), lambda w, root, where: w.round())).all()
     assert torch.equal(damped(torch.zeros(2, 2)), torch.eye(2))
 
 
@@ -155,7 +155,7 @@ def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
         return weighted_error(weight - codewords[assignments].reshape(weight.shape), hessian)
 
     nearest = codebook.assignments
-    chosen = candidates_with_feedback(weight, hessian, codebook.codewords).indices[:, 0].long()
+    chosen = candidates_with_feedback(weight, Columns.of(hessian, 4), codebook.codewords).indices[:, 0].long()
     assert error(chosen, codebook.codewords) < 0.9 * error(nearest, codebook.codewords)
     for assignments in (nearest, chosen):
         better = refit(weight, hessian, assignments, codebook.codewords)
@@ -169,7 +169,7 @@ def test_with_independent_inputs_of_one_size_feedback_offers_the_nearest_codewor
     weight, _ = weight_and_hessian()
     codewords = fit_codebook(weight.reshape(-1, 4), 8).codewords
     plain = find_candidates(weight.reshape(-1, 4), codewords, 3, "distance")
-    found = candidates_with_feedback(weight, torch.eye(16), codewords, 3, "distance")
+    found = candidates_with_feedback(weight, Columns.of(torch.eye(16), 4), codewords, 3, "distance")
     assert torch.equal(found.indices, plain.indices) and found.indices.dtype == torch.uint8
     assert torch.allclose(found.ratios, plain.ratios, atol=1e-4)
 
@@ -178,8 +178,8 @@ def test_other_candidates_do_not_change_the_assignments_and_come_in_order_of_the
     """The last columns are the last to be quantized: nothing is passed on, only their own block of U counts."""
     weight, hessian = weight_and_hessian()
     codewords = fit_codebook(weight.reshape(-1, 4), 8).codewords
-    one = candidates_with_feedback(weight, hessian, codewords, 1)
-    four = candidates_with_feedback(weight, hessian, codewords, 4, "leading")
+    one = candidates_with_feedback(weight, Columns.of(hessian, 4), codewords, 1)
+    four = candidates_with_feedback(weight, Columns.of(hessian, 4), codewords, 4, "leading")
     assert torch.equal(one.indices[:, 0], four.indices[:, 0])
     assert all(len(set(row)) == 4 for row in four.indices.tolist())
     last = int(hessian.diagonal().reshape(-1, 4).sum(dim=1).argmin())  # group of columns

@@ -34,6 +34,7 @@ from vqlib.calibrator.teacher import (
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
+from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
 from vqlib.quantizer.soft import soft_layers
@@ -68,6 +69,7 @@ class Calibration(Iterator[Record]):
         self._prepare_parameters()
         self.blocks, self.shared = block_steps(model, config)
         self.trajectory = Trajectory(pipe, config)
+        self.embedder = SharedEmbedder(pipe.transformer, model)
         forget_peak(self.trajectory.device)
         self.iteration, self.ratio_minimum = 0, math.inf
         self.folder = RunFolder(out, self._settings()) if out is not None else None
@@ -135,7 +137,7 @@ class Calibration(Iterator[Record]):
         inputs = self.trajectory.inputs()
         moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
-        with dit.precision(self.config.products, self.pipe.transformer, self.student):
+        with dit.precision(self.config.products, self.pipe.transformer, self.student), self.embedder.working():
             output, records = pass_through(inputs, moment)
         losses, rows, fine = _read([record.loss for record in records], [record.rows for record in records], output)
         for step, loss in zip(self.blocks, losses, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
 from vqlib.calibrator.teacher import following, teacher_output
@@ -24,19 +23,30 @@ def input_hessians(
     """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
 
     The inputs are those of `batches` calibration steps of `config`: the same trajectories, labels and guidance halves.
-    ‖(W − Ŵ) x‖² averaged over them is tr((W − Ŵ) H (W − Ŵ)ᵀ).
+    ‖(W − Ŵ) x‖² averaged over them is tr((W − Ŵ) H (W − Ŵ)ᵀ). Layers that are given one tensor, as q, k and v are, share theirs.
     """
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
     layers = dit.quantizable(pipe.transformer)
-    sums = {name: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for name, m in layers.items()}
+    sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
+    owners: dict[str, str] = {}  # the first layer that is given the same tensor
+    last: list = [None, None]  # the tensor that was given last, and its owner
 
     def gather(name: str):
         def hook(layer, args):
+            owner = last[1] if last[0] is args[0] else name
+            if owners.setdefault(name, owner) != owner:
+                raise RuntimeError(
+                    f"{name} shares its inputs with {owners[name]} in one batch, and with {owner} in another"
+                )
+            last[:] = args[0], owner
             x = args[0].detach().float().flatten(0, -2)  # [..., in] -> [rows, in]
-            sums[name].addmm_(x.T, x)
             counts[name] += len(x)
+            if owner == name:
+                if name not in sums:
+                    sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+                sums[name].addmm_(x.T, x)
 
         return hook
 
@@ -53,4 +63,5 @@ def input_hessians(
         raise RuntimeError(
             f"{len(unseen)} of {len(layers)} layers saw no input in {batches} batches, {unseen[0]} the first"
         )
-    return {name: total.div_(counts[name]) for name, total in sums.items()}
+    means = {name: total.div_(counts[name]) for name, total in sums.items()}
+    return {name: means[owners[name]] for name in layers}

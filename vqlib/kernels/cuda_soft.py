@@ -113,7 +113,7 @@ def backward(
     """Gradients of the codewords [k, d] and the logits [N, n] (None without logits) from grad [N, d].
 
     Programs share as many partial sums of the codebook's gradient as `_PARTIAL_BYTES` hold, so that few of them wait
-    for each other at a codeword; those are float32, and added up in float64.
+    for each other at a codeword.
     """
     (count, n), (k, d) = candidates.shape, codewords.shape
     sizes = soft_sizes(d, n, logits is not None)
@@ -123,4 +123,4 @@ def backward(
     grad_logits = None if logits is None else torch.empty_like(logits)
     read = codewords, candidates, logits, grad, partial, grad_logits, count, k, tables
     launch(_backward_kernel, programs, *read, **sizes)
-    return partial.sum(dim=0, dtype=torch.float64).float(), grad_logits  # [tables, k, d] -> [k, d]
+    return partial.sum(dim=0), grad_logits  # [tables, k, d] -> [k, d]

@@ -1,4 +1,4 @@
-"""adaLN outputs of a DiT computed only once: they depend on (timestep, class) alone."""
+"""adaLN outputs of a DiT, or its embeddings, computed only once: they depend on (timestep, class) alone."""
 
 from __future__ import annotations
 
@@ -99,6 +99,46 @@ class _Table:
                 with torch.inference_mode(False):  # a table made in inference mode could not be used outside of it
                     held = own.held[id(self)] = new.clone() if held is None else torch.cat([held, new])
         return held.index_select(0, own.current)
+
+
+class SharedEmbedder:
+    """Embedders of timestep and class with equal parameters, of which a diffusers DiT has a copy in every block: one works for all.
+
+    A batch is known by its own tensors: `embed(timestep, labels)` of the same two gives what was computed for them.
+    """
+
+    def __init__(self, *transformers: nn.Module) -> None:
+        found = [
+            m.emb for t in transformers for m in t.modules() if isinstance(m, AdaLayerNormZero) and m.emb is not None
+        ]
+        self.embedders = [embedder for embedder in found if _equal(embedder, found[0])]
+        self.given: tuple = ()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within the block the embedders share their work; those that have another forward already keep it."""
+        free = [embedder for embedder in self.embedders if "forward" not in embedder.__dict__]
+        original = free[0].forward if free else None
+
+        def embed(*args, **kwargs) -> Tensor:
+            known = self.given and len(args) == len(self.given[0]) and kwargs == self.given[1]
+            if not known or any(a is not b for a, b in zip(args, self.given[0], strict=True)):
+                self.given = args, kwargs, original(*args, **kwargs)
+            return self.given[2]
+
+        for embedder in free:
+            embedder.forward = embed
+        try:
+            yield
+        finally:
+            self.given = ()
+            for embedder in free:
+                del embedder.forward
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return not one.training and all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 @contextmanager

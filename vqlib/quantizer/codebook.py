@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,9 +56,11 @@ def fit_codebook(
         raise ValueError(f"start {start!r} is not one of {', '.join(STARTS)}")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    sample = _subsample(x, k, subsample, generator)
-    distinct = _distinct_rows(x, k, generator)
+    draws = _draws(len(x), k, _SAMPLE if subsample is None and len(x) >= _LARGE else subsample, seed)
+    generator = torch.Generator()
+    generator.set_state(draws.state)
+    sample = x if draws.sample is None else x[draws.sample.to(x.device)]  # [N, d] -> [per codeword · k, d]
+    distinct = _distinct_rows(x, k, draws.first.to(x.device), generator)
     if len(distinct) < k:
         return _exact(x, k)
     codewords = _start(sample, distinct, k, start, generator)
@@ -85,20 +89,28 @@ def _checked(x: Tensor, k: int, name: str) -> Tensor:
     return x.detach().float().contiguous()
 
 
-def _subsample(x: Tensor, k: int, per_codeword: int | None, generator: torch.Generator) -> Tensor:
-    if per_codeword is None:
-        per_codeword = _SAMPLE if len(x) >= _LARGE else len(x)
-    if per_codeword * k >= len(x):
-        return x
-    chosen = torch.randperm(len(x), generator=generator)[: max(1, per_codeword) * k]
-    return x[chosen.sort().values.to(x.device)]  # [N, d] -> [per_codeword * k, d]
+class _Draws(NamedTuple):
+    """What chance decides for every layer of N sub-vectors: rows of the sample, None for all of them; rows to start with."""
+
+    sample: Tensor | None
+    first: Tensor
+    state: Tensor  # of the generator after these draws
 
 
-def _distinct_rows(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k different rows of x in random order, fewer where there are no more; looks at all rows only where a few do not do."""
-    order = torch.randperm(len(x), generator=generator).to(x.device)
-    rows = torch.unique(x[order[: 4 * k]], dim=0)
-    if len(rows) < k and 4 * k < len(x):
+@lru_cache(8)
+def _draws(count: int, k: int, per_codeword: int | None, seed: int) -> _Draws:
+    """The shapes of a model's layers are few, and a permutation of a million rows takes longer than a pass of a GPU over them."""
+    generator, sample = torch.Generator().manual_seed(seed), None
+    if per_codeword is not None and per_codeword * k < count:
+        sample = torch.randperm(count, generator=generator)[: max(1, per_codeword) * k].sort().values
+    first = torch.randperm(count, generator=generator)[: 4 * k].clone()
+    return _Draws(sample, first, generator.get_state())
+
+
+def _distinct_rows(x: Tensor, k: int, first: Tensor, generator: torch.Generator) -> Tensor:
+    """k different rows of x in random order, fewer where there are no more; looks at all rows only where the `first` do not do."""
+    rows = torch.unique(x[first], dim=0)
+    if len(rows) < k and len(first) < len(x):
         rows = torch.unique(x, dim=0)
     return rows if len(rows) < k else rows[torch.randperm(len(rows), generator=generator)[:k].to(x.device)]
 
@@ -148,7 +160,8 @@ def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> t
     relaxation, means = _RELAXATION, codewords
     for step in range(iterations + 1):
         sums = kernels.cluster_sums(x, codewords)
-        error = max(0.0, _cluster_errors(sums, codewords).sum().item()) / x.numel()
+        total, empty = torch.stack([_cluster_errors(sums, codewords).sum(), (sums.counts == 0).sum().double()]).tolist()
+        error = max(0.0, total) / x.numel()  # read in one copy, the only time that a pass waits for its device
         if history and error > history[-1]:
             if relaxation == 0.0:
                 break  # only rounding can raise the error of a plain step
@@ -157,24 +170,16 @@ def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> t
         stalled = bool(history) and history[-1] - error <= tolerance * history[-1]
         history.append(error)
         accepted = codewords, sums
-        if stalled and relaxation == 0.0 and bool((sums.counts > 0).all()):
+        if stalled and relaxation == 0.0 and not empty:
             break
         if stalled or step >= iterations - 2:
             relaxation = 0.0
-        means = _means(x, sums, codewords)
+        means = (sums.sums / sums.counts.clamp(min=1)[:, None]).float()
+        if empty:  # takes the farthest point of one of the worst clusters
+            _split_worst(x, means, kernels.assign(x, codewords), (sums.counts == 0).nonzero()[:, 0])
         moved = (sums.counts > 0)[:, None]  # a repaired codeword stays on the point it took
         codewords = torch.where(moved, means + relaxation * (means - codewords), means)
     return *accepted, history
-
-
-def _means(x: Tensor, sums: ClusterSums, codewords: Tensor) -> Tensor:
-    """Mean of every cluster; an empty one takes the farthest point of one of the worst clusters."""
-    means = (sums.sums / sums.counts.clamp(min=1)[:, None]).float()
-    empty = (sums.counts == 0).nonzero()[:, 0]
-    if len(empty):
-        assignments = kernels.assign(x, codewords)
-        _split_worst(x, means, assignments, empty)
-    return means
 
 
 def _split_worst(x: Tensor, codewords: Tensor, assignments: Tensor, empty: Tensor) -> Tensor:

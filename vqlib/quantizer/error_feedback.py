@@ -9,35 +9,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqlib.quantizer.candidates import Candidates, find_candidates, index_dtype
-from vqlib.quantizer.feedback import damped, quantize_columns
+from vqlib.quantizer.candidates import Candidates, find_candidates
+from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 
 REFIT_STEPS = 30  # of conjugate gradients
 
 
 def candidates_with_feedback(
-    weight: Tensor, hessian: Tensor, codewords: Tensor, n: int = 1, start: str = "equal"
+    weight: Tensor, columns: Columns, codewords: Tensor, n: int = 1, start: str = "equal"
 ) -> Candidates:
-    """Candidates [N, n] of `weight` [out, in] among `codewords` [k, d], under `hessian` [in, in]; the assigned one first.
+    """Candidates [N, n] of `weight` [out, in] among `codewords` [k, d], in the columns' metric; the assigned one first.
 
-    Distances and starting ratios are those of the weights as the errors passed on have moved them, in the metric of the
-    Hessian; `start` as in `find_candidates`. What is passed on is the error of the first candidate alone: the later
-    columns make up for that one, whatever mix the ratios start with.
+    `columns` are `Columns.of` the inputs' Hessian and d. Distances and starting ratios are those of the weights as the
+    errors passed on have moved them; `start` as in `find_candidates`. What is passed on is the error of the first candidate
+    alone: the later columns make up for that one, whatever mix the ratios start with.
     """
-    d = codewords.shape[1]
-    groups = len(weight), weight.shape[1] // d
-    indices = torch.empty(*groups, n, dtype=index_dtype(len(codewords)), device=weight.device)
-    logits = torch.empty(*groups, n, dtype=torch.float32, device=weight.device)
+    wide = codewords.double()
+    tables = (wide @ columns.metrics).float()  # ‖(w − c) root⁻¹‖² is the plain distance of w root⁻¹ and c root⁻¹
+    found: list[Candidates] = []
 
-    def choose(columns: Tensor, root: Tensor, positions: Tensor) -> Tensor:
-        metric = torch.linalg.inv(root)  # ‖(w − c) root⁻¹‖² is the plain distance of w root⁻¹ and c root⁻¹
-        found = find_candidates((columns @ metric).float(), (codewords.double() @ metric).float(), n, start)
-        place = int(positions[0]) // d
-        indices[:, place], logits[:, place] = found.indices, found.logits
-        return codewords[found.indices[:, 0].long()].double()  # [out] -> [out, d]
+    def choose(part: Tensor, root: Tensor, positions: Tensor) -> Tensor:
+        group = len(found)
+        found.append(find_candidates((part @ columns.metrics[group]).float(), tables[group], n, start))
+        return wide[found[-1].indices[:, 0].long()]  # [out] -> [out, d]
 
-    quantize_columns(weight, hessian, d, choose)
-    return Candidates(indices.view(-1, n), logits.view(-1, n))  # [out, in / d, n] -> [N, n]
+    quantize_columns(weight, columns, choose)
+    order = torch.tensor(columns.groups, device=weight.device).argsort()
+    indices, logits = (
+        torch.stack([getattr(one, name) for one in found], dim=1)[:, order].view(-1, n)  # [out, in / d, n] -> [N, n]
+        for name in ("indices", "logits")
+    )
+    return Candidates(indices, logits)
 
 
 def refit(weight: Tensor, hessian: Tensor, assignments: Tensor, codewords: Tensor) -> Tensor:

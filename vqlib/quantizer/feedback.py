@@ -9,6 +9,7 @@ column; van Baalen et al. 2024, GPTVQ, for several). With U the upper Cholesky f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,24 +18,52 @@ Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 
 
-def quantize_columns(weight: Tensor, hessian: Tensor, width: int, choose: Choose, damping: float = DAMPING) -> Tensor:
-    """Ŵ of `weight` [out, in] under `hessian` [in, in], float32, chosen `width` neighboring columns at a time.
+@dataclass(frozen=True)
+class Columns:
+    """The columns of all layers with the same inputs: their order, `width` neighbors at a time, and what is passed on.
+
+    positions: [in], the largest inputs first; groups: numbers of the groups of neighbors in that order; factor: float64
+    [in, in], U of the reordered Hessian; roots: U_PP of every group, [in / width, width, width]; metrics: their inverses.
+    """
+
+    positions: Tensor
+    groups: list[int]
+    factor: Tensor
+    roots: Tensor
+    metrics: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, width: int, damping: float = DAMPING) -> Columns:
+        """From E x xᵀ [in, in] of the inputs."""
+        positions = _by_importance(hessian, width)
+        factor = _inverse_factor(hessian.double()[positions][:, positions], damping)
+        count = len(factor) // width
+        blocks = factor.view(count, width, count, width)
+        roots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [in / width, width, width]
+        metrics = torch.linalg.inv_ex(roots).inverse
+        return cls(positions, (positions[::width] // width).tolist(), factor, roots, metrics)
+
+    @property
+    def width(self) -> int:
+        return self.roots.shape[-1]
+
+
+def quantize_columns(weight: Tensor, columns: Columns, choose: Choose) -> Tensor:
+    """Ŵ of `weight` [out, in], float32, chosen a group of neighboring columns at a time, in their order.
 
     `choose(columns [out, width], root [width, width], positions [width]) -> [out, width]` gives the quantized columns;
-    what it should make small, row by row, is ‖(columns − quantized) root⁻¹‖². The largest inputs come first.
+    what it should make small, row by row, is ‖(columns − quantized) root⁻¹‖².
     """
-    positions = _by_importance(hessian, width)
+    width, factor, positions = columns.width, columns.factor, columns.positions
     work = weight.detach().double()[:, positions]  # [out, in], widened to float64
-    factor = _inverse_factor(hessian.double()[positions][:, positions], damping)
     result = torch.empty_like(work)
-    for start in range(0, work.shape[1], width):
+    for start, root in zip(range(0, work.shape[1], width), columns.roots, strict=True):
         part, rest = slice(start, start + width), slice(start + width, None)
-        root = factor[part, part]
-        quantized = choose(work[:, part], root, positions[part])
+        quantized = choose(work[:, part], root, positions[part]).double()
         error = torch.linalg.solve_triangular(root, work[:, part] - quantized, upper=True, left=False)  # E U_PP⁻¹
         work[:, rest] -= error @ factor[part, rest]
-        result[:, positions[part]] = quantized.double()
-    return result.float()
+        result[:, part] = quantized
+    return torch.empty_like(result).index_copy_(1, positions, result).float()
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:

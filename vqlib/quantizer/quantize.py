@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from vqlib.models import dit
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import cached_codebook, fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
+from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
 
@@ -48,8 +50,9 @@ def quantize(
                 f"got {list(hessians[name].shape)} ({name})"
             )
     student = _copy_without(transformer, layers.values())
+    columns_of = lru_cache(1)(lambda hessian: Columns.of(hessian, config.d))  # q, k and v have the same inputs
     for group in _groups(transformer, layers, config.codebook_scope):
-        for name, replacement in _quantize_group(group, config, seed, cache, hessians):
+        for name, replacement in _quantize_group(group, config, seed, cache, hessians, columns_of):
             dit.swap(student, name, replacement)
     student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
     return student.eval()
@@ -92,7 +95,12 @@ def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) ->
 
 
 def _quantize_group(
-    group: dict[str, nn.Linear], config: VQConfig, seed: int, cache: str | Path | None, hessians: Mapping[str, Tensor]
+    group: dict[str, nn.Linear],
+    config: VQConfig,
+    seed: int,
+    cache: str | Path | None,
+    hessians: Mapping[str, Tensor],
+    columns_of: Callable[[Tensor], Columns],
 ) -> Iterator[tuple[str, CandidateLinear]]:
     """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
     shared = config.codebook_scope != "layer"
@@ -106,8 +114,9 @@ def _quantize_group(
     for (name, layer), part in zip(group.items(), parts, strict=True):
         if hessians:
             weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
+            columns = columns_of(hessian)
             candidates = candidates_with_feedback(
-                weight, hessian, codewords.data, config.candidates, config.ratio_start
+                weight, columns, codewords.data, config.candidates, config.ratio_start
             )
             if not shared:
                 codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)

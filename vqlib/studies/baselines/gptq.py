@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vqlib.models.pipeline import Pipeline
-from vqlib.quantizer.feedback import quantize_columns
+from vqlib.quantizer.feedback import Columns, quantize_columns
 from vqlib.studies.baselines.baseline import Baseline, replace_weights, uniform
 from vqlib.studies.baselines.grid import fit_grid
 
@@ -21,6 +21,8 @@ def gptq(pipe: Pipeline, bits: int, hessians: Mapping[str, Tensor], group_size: 
 
     def quantized(name: str, layer: nn.Linear) -> Tensor:
         grid = fit_grid(layer.weight, bits, group_size)
-        return quantize_columns(layer.weight, hessians[name], 1, lambda w, root, where: grid.round(w, where))
+        return quantize_columns(
+            layer.weight, Columns.of(hessians[name], 1), lambda w, root, where: grid.round(w, where)
+        )
 
     return uniform("GPTQ", replace_weights(pipe.transformer, group_size, quantized), bits, group_size, {})
