@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
-from vqlib.studies import ablations
+from vqlib.studies import experiments
 from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings
 from vqlib.studies.ablations import Ablation
 
@@ -23,7 +23,7 @@ def study(tmp_path):
 def test_a_finished_row_is_read_and_shared_by_groups(study, monkeypatch):
     assert study.finished(SETTING, 0) is None
     first = study.row(SETTING, 0)
-    monkeypatch.setattr(ablations, "packed_model", lambda *a: pytest.fail("made again"))
+    monkeypatch.setattr(experiments, "packed_model", lambda *a: pytest.fail("made again"))
     other_group = Setting("b", "base", GEOMETRY, SHORT.replace(seed=7))  # the row's seed counts, not this one
     assert study.row(SETTING, 0) == study.finished(other_group, 0) == first
     table = study.table([SETTING, other_group], [0, 1])
@@ -39,9 +39,12 @@ def test_a_table_of_nothing_finished_is_empty(study):
 @pytest.mark.parametrize(
     "change", [{"vq": GEOMETRY.replace(candidates=1)}, {"calibration": SHORT.replace(lambda_r=0.5)}]
 )
-def test_rows_of_other_settings_have_other_files(study, change):
+def test_rows_of_other_settings_are_other_rows(study, change, monkeypatch):
+    monkeypatch.setattr(experiments.Experiments, "make", lambda self, *made_of, wait: self.rows.make(row, *made_of))
+    row = lambda unfinished: {"made": True}  # noqa: E731
+    assert study.row(SETTING, 0) == study.finished(SETTING, 0) == {"made": True}
     other = Setting("a", "n = 2", **({"vq": GEOMETRY, "calibration": SHORT} | change))
-    assert study._path(study._conditions(other, 0)) != study._path(study._conditions(SETTING, 0))
+    assert study.finished(other, 0) is None
 
 
 def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_thing_at_a_time():

@@ -15,8 +15,8 @@ from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
-from vqlib.studies.baselines.baseline import full_precision, packed, replace_weights
-from vqlib.studies.baselines.gptq import gptq
+from vqlib.studies.baselines.baseline import Moments, full_precision, packed, uniform
+from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.grid import fit_grid
 
 
@@ -28,6 +28,7 @@ def weighted_error(difference, hessian):
 
 SETTINGS = CalibrationConfig(batch_size=4, steps=5, iterations=2)
 VQ = VQConfig(k=8, d=4, candidates=1, assignment="error-feedback")
+MOMENTS = Moments(SETTINGS, batches=3)
 
 
 def weight_and_hessian(out=24, inputs=16, seed=0):
@@ -128,12 +129,12 @@ def _weight(model, name):
 
 def test_gptq_leaves_the_original_alone_and_beats_its_own_grid(pipe, hessians):
     before = tiny.transformer().state_dict()
-    found = gptq(pipe, 3, hessians, 16)
+    found = GPTQ(3, 16, MOMENTS).build(pipe)
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
-    rounded = replace_weights(
-        pipe.transformer, 16, lambda name, m: fit_grid(m.weight, 3, 16).round(m.weight, torch.arange(m.in_features))
+    rounded = uniform(
+        pipe.transformer, 3, 16, lambda name, m: fit_grid(m.weight, 3, 16).round(m.weight, torch.arange(m.in_features))
     )
-    assert output_error(pipe, found.model, hessians) < 0.8 * output_error(pipe, rounded, hessians)
+    assert output_error(pipe, found.model, hessians) < 0.8 * output_error(pipe, rounded.model, hessians)
     name = "transformer_blocks.0.attn1.to_q"
     grid = fit_grid(pipe.transformer.get_submodule(name).weight, 3, 16)
     weight = found.model.get_submodule(name).weight
@@ -142,9 +143,9 @@ def test_gptq_leaves_the_original_alone_and_beats_its_own_grid(pipe, hessians):
     assert found.bits_per_weight == pytest.approx(3 + (16 + 3) / 16)
 
 
-def test_a_group_size_that_does_not_fit_names_the_layer(pipe, hessians):
+def test_a_group_size_that_does_not_fit_names_the_layer(pipe):
     with pytest.raises(ValueError, match=r"in_features 32 is not divisible by group_size=24 \(transformer_blocks.0"):
-        gptq(pipe, 3, hessians, 24)
+        GPTQ(3, 24, MOMENTS).build(pipe)
 
 
 def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
@@ -234,12 +235,12 @@ def test_sizes_count_everything_that_is_stored(pipe, hessians):
     half = full_precision(tiny.transformer().half().float().requires_grad_(False))
     assert half.bits_per_weight == 16 and half.size_bytes == pytest.approx(whole.size_bytes / 2, rel=0.01)
     weights = sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
-    found = gptq(pipe, 4, hessians, None)
+    found = GPTQ(4, None, MOMENTS).build(pipe)
     groups = sum(layer.out_features for layer in dit.quantizable(pipe.transformer).values())
     assert found.bits_per_weight == pytest.approx(4 + groups * 20 / weights)
     rest = half.size_bytes - 2 * weights  # everything else in half precision
     assert found.size_bytes == pytest.approx(rest + (4 * weights + 20 * groups) / 8, abs=2)
-    codes = packed("GPTVQ-like", harden(quantize(pipe.transformer, VQ, hessians=hessians)))
+    codes = packed(harden(quantize(pipe.transformer, VQ, hessians=hessians)))
     layers = len(dit.quantizable(pipe.transformer))
     assert codes.bits_per_weight == pytest.approx(3 / 4 + layers * 8 * 4 * 32 / weights)
     assert codes.size_bytes == pytest.approx(rest + weights * codes.bits_per_weight / 8, abs=2)

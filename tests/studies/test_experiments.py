@@ -37,7 +37,7 @@ def test_a_row_is_computed_once_and_again_only_when_model_or_conditions_change(t
     other = copy.deepcopy(pipe.transformer)
     other.proj_out_2.bias.add_(1.0)
     assert experiments.measure(pipe, other, 140, tmp_path, SAMPLING).fd != first.fd
-    assert sampled == [140, 140, 140] and not list((tmp_path / "samples").iterdir())
+    assert sampled == [140, 140, 140] and not list((tmp_path / "unfinished").iterdir())
 
 
 def test_a_killed_row_goes_on_from_its_last_batch_and_ends_the_same(tmp_path, sampled):

@@ -99,12 +99,13 @@ def test_the_other_methods_are_built_at_the_same_bits(tmp_path):
 def test_a_row_that_another_process_makes_is_left_to_it(tmp_path):
     bench = Bench(SMALL, tmp_path, tiny.pipeline())
     row = SMALL.rows()[0]
-    bench.path(row).parent.mkdir(parents=True)
-    with FileLock(bench.path(row).with_suffix(".lock")):
+    path = bench.experiments.rows.path(*bench.made_of(row))
+    path.parent.mkdir(parents=True)
+    with FileLock(path.with_suffix(".lock")):
         assert bench.make(row) is False
     assert bench.finished(row) is None and read_table(bench).empty
     assert bench.make(row) is True and bench.make(row) is False
-    assert json.loads(bench.path(row).read_text())["row"]["method"] == "full precision"
+    assert json.loads(path.read_text())["made_of"][0] == {"class": "FullPrecision"}
 
 
 def test_two_workers_fill_one_table(tmp_path):

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +27,7 @@ from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.geometry import MIB, Geometry
-from vqlib.models.pipeline import Pipeline
+from vqlib.models.pipeline import Pipeline, device_of
 from vqlib.models.sampling import DECODED_AT_ONCE
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import quantize
@@ -76,13 +77,13 @@ class Estimate:
 def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.device | str | None = None) -> Estimate:
     """What `job` will take with `source`: a loaded pipeline, or a Geometry alone (then without the decoding of images).
 
-    device: by default the pipeline's, else the CPU. Takes seconds for the bundled model and on a GPU, longer for
+    device: by name, by default the pipeline's, else the CPU. Takes seconds for the bundled model and on a GPU, longer for
     DiT-XL/2 on a CPU. Nothing is written but a temporary folder.
     """
     job = preset(job) if isinstance(job, str) else job
     pipe = source if isinstance(source, Pipeline) else None
     geometry = Geometry.of(pipe.transformer.config) if pipe else source
-    device = torch.device(device or (pipe.device if pipe else "cpu"))
+    device = device_of(device or (pipe.device if pipe else "cpu"))
     _compile(job.vq, device)
     held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
     probe = _first_blocks(pipe, geometry, device)
@@ -241,7 +242,7 @@ def _moves(config: CalibrationConfig) -> int:
 
 def _timed(call: Callable, device: torch.device) -> tuple[float, object]:
     """Seconds of a call, waiting for the device on both sides, and what it returned."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
     result = call()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.calibrator.calibrate import calibrate
-from vqlib.calibrator.hessians import BATCHES, input_hessians
+from vqlib.calibrator.hessians import input_hessians
+from vqlib.calibrator.runs import read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor, Progress, print_progress
@@ -25,15 +26,83 @@ from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import fitting_layers, quantize
-from vqlib.system.files import write_bytes, write_tensors
+from vqlib.studies.baselines.baseline import Baseline, Moments, packed
+from vqlib.studies.rows import Rows, content_key
+from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
 from vqlib.system.memory import device_label
 
 
-def reference_fingerprint(reference: Reference) -> str:
-    """SHA-256 of the statistics and of the extractor they were made with."""
-    parts = [("mean", reference.mean), ("covariance", reference.covariance)]
-    return digest(parts, f"{reference.extractor} {reference.fingerprint}")
+@dataclass(frozen=True)
+class Conditions:
+    """All that the metrics of a model depend on besides the model; VAE and reference by the SHA-256 of their contents."""
+
+    images: int
+    sampling: SamplingConfig
+    vae: str
+    reference: str
+    device: str
+    bootstrap: int = 0  # resamples for FD's interval
+    first_seed: int = 0
+
+
+class Method(Protocol):
+    """A way to few bits: a frozen object, found again by the hash of all its fields."""
+
+    def build(self, pipe: Pipeline, folder: Path) -> Baseline:
+        """The transformer; a folder of its own keeps what is not to be made twice."""
+
+
+@dataclass(frozen=True)
+class VectorQuantized:
+    """Codes, calibrated or (None) not. Error feedback has the `moments` of that calibration's inputs unless others are given."""
+
+    vq: VQConfig
+    calibration: CalibrationConfig | None
+    seed: int = 0
+    moments: Moments | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is None:
+            object.__setattr__(self, "vq", self.vq.replace(candidates=1))
+        if self.vq.assignment == "error-feedback" and self.moments is None:
+            object.__setattr__(self, "moments", Moments(self.calibration or CalibrationConfig(seed=self.seed)))
+
+    def build(self, pipe: Pipeline, folder: Path) -> Baseline:
+        made = packed(packed_model(pipe, self.vq, self.calibration, folder, self.seed, self.moments))
+        seconds = sum(r.seconds for r in read_records(folder / "calibration")) if self.calibration else 0.0
+        return Baseline(made.model, made.bits_per_weight, made.size_bytes, seconds)
+
+
+class Experiments:
+    """Rows of one model: a method's transformer made in `folder`/models, measured once, kept in `folder`/rows."""
+
+    def __init__(self, pipe: Pipeline, folder: str | Path, reference: str | Path) -> None:
+        self.pipe, self.folder, self.reference = pipe, Path(folder), reference
+        self.rows, self._source = Rows(self.folder / "rows"), fingerprint(pipe.transformer)
+        self._shared = _shared(pipe, reference)
+
+    def build(self, method: Method) -> Baseline:
+        """The method's transformer, made or loaded."""
+        name = f"{type(method).__name__}-{content_key(method, self._source)}"
+        return method.build(self.pipe, self.folder / "models" / name)
+
+    def made_of(self, method: Method, images: int, sampling: SamplingConfig, bootstrap: int = 0) -> tuple:
+        """What a row is found by."""
+        return method, self._source, Conditions(images, sampling, bootstrap=bootstrap, **self._shared)
+
+    def make(self, *made_of, wait: bool = False) -> bool:
+        """Make a row unless it is there or another process has it (then `wait`, or leave it); whether it was made here."""
+        method, _, conditions = made_of
+
+        def row(unfinished: Path) -> dict:
+            start, made = time.monotonic(), self.build(method)
+            metrics = _measured(self.pipe, made.model, conditions, self.reference, unfinished)
+            found = {"metrics": metrics.to_dict(), "minutes": (time.monotonic() - start) / 60}
+            found |= {"bits_per_weight": made.bits_per_weight, "size_bytes": made.size_bytes}
+            return found | {"calibration_minutes": made.seconds / 60}
+
+        return self.rows.make(row, *made_of, wait=wait)
 
 
 def measure(
@@ -50,28 +119,46 @@ def measure(
 ) -> Metrics:
     """Metrics of `images` samples of `model`, classes in turn, seeds first_seed … first_seed + images − 1.
 
-    The result is kept in `folder` under a name made of the contents of model, VAE and reference and of all conditions:
-    the same row is not computed twice. Sampled batches stay in `folder`/samples until the row is done, so a row that
-    was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`: its own unless one is
-    given; `progress` is told the images still to sample; `bootstrap`: resamples for FD's interval.
+    The row in `folder` is found by the contents of model, VAE and reference and by all conditions: it is not computed
+    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`:
+    its own unless one is given; `progress` is told the images still to sample; `bootstrap`: resamples for FD's interval.
     """
-    sampling = sampling or SamplingConfig()
-    conditions = sampling.to_dict() | {"images": images, "first_seed": first_seed, "bootstrap": bootstrap}
-    conditions |= {"reference": reference_fingerprint(load_reference(reference))}
-    conditions |= {"model": fingerprint(model), "vae": fingerprint(pipe.vae), "device": device_label(pipe.device)}
-    name = content_key(conditions)
-    path, samples = Path(folder) / f"{name}.json", Path(folder) / "samples" / name
-    if path.exists():
-        return Metrics.from_dict(json.loads(path.read_text())["metrics"])
+    shared = _shared(pipe, reference)
+    conditions = Conditions(images, sampling or SamplingConfig(), **shared, bootstrap=bootstrap, first_seed=first_seed)
+    rows, made_of = Rows(Path(folder)), (fingerprint(model), conditions)
+
+    def row(unfinished: Path) -> dict:
+        return {"metrics": _measured(pipe, model, conditions, reference, unfinished, extractor, progress).to_dict()}
+
+    rows.make(row, *made_of, wait=True)
+    return Metrics.from_dict(rows.read(*made_of)["metrics"])
+
+
+def reference_fingerprint(reference: Reference) -> str:
+    """SHA-256 of the statistics and of the extractor they were made with."""
+    parts = [("mean", reference.mean), ("covariance", reference.covariance)]
+    return digest(parts, f"{reference.extractor} {reference.fingerprint}")
+
+
+def _shared(pipe: Pipeline, reference: str | Path) -> dict[str, str]:
+    statistics = reference_fingerprint(load_reference(reference))
+    return {"vae": fingerprint(pipe.vae), "reference": statistics, "device": device_label(pipe.device)}
+
+
+def _measured(
+    pipe: Pipeline,
+    model: nn.Module,
+    how: Conditions,
+    reference: str | Path,
+    unfinished: Path,
+    extractor: Extractor | None = None,
+    progress: bool | Progress = False,
+) -> Metrics:
     real, extractor = resolve(reference, extractor, cache=CACHE, device=pipe.device)
-    labels, seeds = class_labels(pipe, images), range(first_seed, first_seed + images)
+    labels, seeds = class_labels(pipe, how.images), range(how.first_seed, how.first_seed + how.images)
     report = print_progress if progress is True else progress or None
-    generated = sampled_batches(pipe.with_transformer(model), labels, seeds, sampling, samples, report)
-    metrics = evaluate(generated, real, extractor, labels, count=images, bootstrap=bootstrap, cache=None)
-    content = {"conditions": conditions, "metrics": metrics.to_dict()}
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
-    shutil.rmtree(samples, ignore_errors=True)
-    return metrics
+    generated = sampled_batches(pipe.with_transformer(model), labels, seeds, how.sampling, unfinished, report)
+    return evaluate(generated, real, extractor, labels, count=how.images, bootstrap=how.bootstrap, cache=None)
 
 
 def sampled_batches(
@@ -84,14 +171,14 @@ def sampled_batches(
 ) -> Iterator[Tensor]:
     """`sample_batches` with every batch kept in `folder`: what is there, without a gap, is not sampled again."""
     done = 0
-    while done < len(labels) and (found := _read_batch(folder / _batch_name(done))) is not None:
+    while done < len(labels) and (found := _read_batch(_batch(folder, done))) is not None:
         yield found
         done += len(found)
     first, start = done, time.monotonic()
     if done == len(labels):
         return
     for batch in sample_batches(pipe, labels[done:], seeds[done:], sampling):
-        write_tensors(folder / _batch_name(done), {"images": batch})
+        write_tensors(_batch(folder, done), {"images": batch})
         done += len(batch)
         if progress is not None:
             progress(done - first, len(labels) - first, time.monotonic() - start)
@@ -104,28 +191,26 @@ def packed_model(
     settings: CalibrationConfig | None,
     folder: str | Path,
     seed: int = 0,
-    inputs: CalibrationConfig | None = None,
-    hessian_batches: int = BATCHES,
+    moments: Moments | None = None,
 ) -> nn.Module:
     """The packed transformer of one method, made in `folder` or, where it is finished already, loaded from there.
 
-    settings: how it is calibrated; None for assignments alone. Where `vq` asks for error feedback it uses the second moments
-    of `hessian_batches` calibration steps of `inputs`, by default of `settings`. A second process waits until the first is done.
-    Raises RuntimeError where the folder's model was made from other weights or with other settings.
+    settings: how it is calibrated; None for assignments alone. `moments`: see `VectorQuantized`. A second process waits until
+    the first is done. Raises RuntimeError where the folder's model was made from other weights or with other settings.
     """
-    target, vq = Path(folder).expanduser() / "packed", vq if settings else vq.replace(candidates=1)
+    how, target = VectorQuantized(vq, settings, seed, moments), Path(folder).expanduser() / "packed"
+    vq, moments = how.vq, how.moments
     fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
-    feedback, inputs = vq.assignment == "error-feedback", inputs or settings or CalibrationConfig(seed=seed)
-    about |= {"inputs": inputs.to_dict(), "hessian_batches": hessian_batches} if feedback else {}
+    if moments:
+        about |= {"inputs": moments.inputs.to_dict(), "hessian_batches": moments.batches}
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".building"):
         if target.exists():
             return _loaded(target, about).to(pipe.device)
-        student = quantize(
-            pipe.transformer, vq, seed, hessians=input_hessians(pipe, inputs, hessian_batches) if feedback else None
-        )
+        hessians = input_hessians(pipe, moments.inputs, moments.batches) if moments else None
+        student = quantize(pipe.transformer, vq, seed, hessians=hessians)
         if settings is None:
             packed = harden(student)
         else:
@@ -139,11 +224,6 @@ def class_labels(pipe: Pipeline, images: int) -> Sequence[int]:
     return [i % len(pipe.class_names) for i in range(images)]
 
 
-def content_key(conditions: dict) -> str:
-    """A file name of 16 hexadecimal digits for JSON-safe conditions, the same whatever their order."""
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _loaded(target: Path, about: dict) -> nn.Module:
     packed = load_transformer(target)
     found = packed.hf_quantizer.quantization_config.provenance
@@ -154,8 +234,8 @@ def _loaded(target: Path, about: dict) -> nn.Module:
     return packed
 
 
-def _batch_name(first: int) -> str:
-    return f"{first:07}.safetensors"
+def _batch(folder: Path, first: int) -> Path:
+    return folder / f"{first:07}.safetensors"
 
 
 def _read_batch(path: Path) -> Tensor | None:

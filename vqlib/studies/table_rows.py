@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vqlib.calibrator.hessians import BATCHES
+from vqlib.config import CalibrationConfig, recipe
 from vqlib.models.pipeline import BUNDLED
 from vqlib.studies.paper_table import FULL_PRECISION
 
@@ -64,6 +65,10 @@ class TableConfig:
             f"{self.model}: {self.images} images, CFG {self.guidance_scale}, seeds from 0, reference {self.reference}, "
             f"{self.iterations} calibration steps (recipe {self.recipe}). † quoted, in Inception's features."
         )
+
+    def calibration(self, name: str | None = None) -> CalibrationConfig:
+        """Of the calibrated rows, the paper's own or, without a name, every other one."""
+        return recipe(name or self.recipe, iterations=self.iterations, seed=self.seed)
 
     def replace(self, **changes) -> TableConfig:
         """With other values; methods may be lists, as JSON and notebooks have them."""

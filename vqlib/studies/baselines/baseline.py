@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vqlib.calibrator.hessians import BATCHES
+from vqlib.config import CalibrationConfig
 from vqlib.models import dit
+from vqlib.models.pipeline import Pipeline
 from vqlib.packed import container
 from vqlib.packed.checkpoint import size_report
 
@@ -20,60 +23,68 @@ class Baseline:
     """A transformer of one method and what it takes to store.
 
     bits_per_weight: of the quantized linears' weights, with codebooks or float16 scales and zero points; size_bytes:
-    the whole transformer with that, every other tensor in float16 and copies once.
+    the whole transformer with that, every other tensor in float16 and copies once; seconds: of calibration steps.
     """
 
-    method: str
     model: nn.Module
     bits_per_weight: float
     size_bytes: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of the layers' inputs: of how many batches on which calibration's trajectory."""
+
+    inputs: CalibrationConfig
+    batches: int = BATCHES
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """The model as it is."""
+
+    def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
+        """16 bits where float16 holds every weight exactly, else 32."""
+        return full_precision(pipe.transformer)
 
 
 def full_precision(transformer: nn.Module) -> Baseline:
     """The model as it is: 16 bits where float16 holds every weight exactly, else 32."""
     weights = [layer.weight for layer in dit.quantizable(transformer).values()]
     exact = all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights)
-    stored = _stored_bytes(transformer, "float16" if exact else "float32")
-    return Baseline("full precision", transformer, 16.0 if exact else 32.0, sum(stored.values()))
+    return Baseline(transformer, 16.0 if exact else 32.0, _bytes(transformer, "float16" if exact else "float32"))
 
 
-def packed(method: str, model: nn.Module, settings: Mapping[str, Any] | None = None) -> Baseline:
+def packed(model: nn.Module) -> Baseline:
     """A transformer of `VQLinear` layers, counted as its checkpoint stores it."""
     sizes = size_report(model).attrs
-    return Baseline(method, model, sizes["bits_per_weight"], sizes["tensor_bytes"], settings or {})
+    return Baseline(model, sizes["bits_per_weight"], sizes["tensor_bytes"])
 
 
-def uniform(method: str, model: nn.Module, bits: int, group_size: int | None, settings: Mapping[str, Any]) -> Baseline:
-    """Dense weights on a b-bit grid: b bits a weight, a float16 scale and a b-bit zero point a group (None: a row)."""
-    layers = dit.quantizable(model)
-    count = sum(layer.weight.numel() for layer in layers.values())
-    groups = sum(layer.weight.numel() // (group_size or layer.in_features) for layer in layers.values())
-    quantized_bits = bits * count + (16 + bits) * groups
-    stored = _stored_bytes(model, "float16", without={f"{name}.weight" for name in layers})
-    settings = {"bits": bits, "group_size": group_size, **settings}
-    return Baseline(method, model, quantized_bits / count, sum(stored.values()) + quantized_bits // 8, settings)
+def uniform(
+    transformer: nn.Module, bits: int, group_size: int | None, quantized: Callable[[str, nn.Linear], Tensor]
+) -> Baseline:
+    """A copy in which every quantizable layer has the weight [out, in] on a b-bit grid that `quantized(name, layer)` gives.
 
-
-def replace_weights(
-    transformer: nn.Module, group_size: int | None, quantized: Callable[[str, nn.Linear], Tensor]
-) -> nn.Module:
-    """A copy in which every quantizable layer has the weight [out, in] that `quantized(name, layer)` gives.
-
-    Raises ValueError naming a layer whose width `group_size` does not divide, before any work is done.
+    Stored are b bits a weight, a float16 scale and a b-bit zero point a group of inputs (None: a row). Raises ValueError
+    naming a layer whose width `group_size` does not divide, before any work is done.
     """
     for name, layer in dit.quantizable(transformer).items():
         if group_size is not None and (group_size < 1 or layer.in_features % group_size):
             raise ValueError(f"in_features {layer.in_features} is not divisible by group_size={group_size} ({name})")
-    copied = copy.deepcopy(transformer)
-    for name, layer in dit.quantizable(copied).items():
-        weight = quantized(name, layer).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-    return copied.eval()
+    model = copy.deepcopy(transformer).eval()
+    layers = dit.quantizable(model)
+    for name, layer in layers.items():
+        layer.weight = nn.Parameter(quantized(name, layer).to(layer.weight.dtype), requires_grad=False)
+    count = sum(layer.weight.numel() for layer in layers.values())
+    groups = sum(layer.weight.numel() // (group_size or layer.in_features) for layer in layers.values())
+    stored = bits * count + (16 + bits) * groups
+    rest = _bytes(model, "float16", without={f"{name}.weight" for name in layers})
+    return Baseline(model, stored / count, rest + stored // 8)
 
 
-def _stored_bytes(model: nn.Module, storage: str, without: set[str] = frozenset()) -> dict[str, int]:
-    """Bytes of every tensor a checkpoint holds, as `container` stores them."""
+def _bytes(model: nn.Module, storage: str, without: set[str] = frozenset()) -> int:
+    """Bytes of the tensors a checkpoint holds, as `container` stores them."""
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
-    stored, _ = container.encode(state, storage, "")
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in container.encode(state, storage, "")[0].values())
