@@ -27,13 +27,13 @@ BOOTSTRAP = 200  # resamples behind the interval of every FD
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Share of uint8 images [N, 1, 32, 32] classified as their labels [N]."""
     guesses = torch.cat([classifier(to_model(part)).argmax(1) for part in images.split(batch)])
-    return (guesses == labels).float().mean().item()
+    return (guesses == labels.to(guesses.device)).float().mean().item()
 
 
 def reference(test_images: Tensor, target: str | Path) -> Reference:
     """Statistics and features of the test images by the classifier in `target`, written beside it."""
     target = Path(target)
-    extractor = load_extractor("fashion", weights=target / "classifier.safetensors")
+    extractor = load_extractor("fashion", weights=target / "classifier.safetensors", device=test_images.device)
     return make_reference(test_images, extractor, target / REFERENCE, name="fashion-mnist-test", cache=None)
 
 
@@ -52,7 +52,7 @@ def row(name: str, metrics: Metrics) -> dict:
 
 def real_row(name: str, images: Tensor, labels: Tensor, target: str | Path) -> dict:
     """The line of a set of uint8 images that no model generated."""
-    extractor = load_extractor("fashion", weights=Path(target) / "classifier.safetensors")
+    extractor = load_extractor("fashion", weights=Path(target) / "classifier.safetensors", device=images.device)
     return row(name, evaluate(images, Path(target) / REFERENCE, extractor, labels, bootstrap=BOOTSTRAP, cache=None))
 
 

@@ -108,7 +108,7 @@ def vae_loss(images: Tensor):
     def loss(model: AutoencoderKL, index: Tensor, generator: torch.Generator) -> Tensor:
         batch = to_model(images[index])
         posterior = model.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
         reconstruction = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
@@ -127,7 +127,8 @@ def decoder_loss(images: Tensor, mean: Tensor, std: Tensor):
 
     def loss(decoder: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         batch = to_model(images[index])
-        decoded = decoder(mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator))
+        noise = torch.randn(mean[index].shape, generator=generator).to(batch.device)
+        decoded = decoder(mean[index] + std[index] * noise)
         return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
 
     return loss
@@ -139,16 +140,17 @@ def dit_loss(latents: Tensor, labels: Tensor, snr_cap: float | None = None):
     latents: float32 [N, 4, 8, 8] of unit variance; labels: int64 [N], 0 … 9. With `snr_cap` γ, L_simple is weighted by
     min(SNR, γ) / SNR (Hang et al. 2023), which leaves more of the capacity to the noisier timesteps.
     """
-    schedule = NoiseSchedule.linear(TIMESTEPS, BETA_START, BETA_END)
+    schedule = NoiseSchedule.linear(TIMESTEPS, BETA_START, BETA_END).to(latents.device)
     posterior = schedule.posterior()
     snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
     weight = (torch.ones_like(snr) if snr_cap is None else snr.clamp_max(snr_cap) / snr).float()
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         x0, label = latents[index], labels[index].clone()
-        label[torch.rand(len(index), generator=generator) < LABEL_DROPOUT] = 10
-        step = torch.randint(len(schedule), (len(index),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        dropped = torch.rand(len(index), generator=generator) < LABEL_DROPOUT
+        label.masked_fill_(dropped.to(label.device), 10)
+        step = torch.randint(len(schedule), (len(index),), generator=generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         x_t = schedule.add_noise(x0, noise, step)
         output = model(x_t, timestep=schedule.timesteps[step], class_labels=label).sample
         epsilon, variance = output.chunk(2, dim=1)

@@ -52,7 +52,8 @@ def train(
 ) -> Iterator[Progress]:
     """Train in place, and finish with the moving-average weights in `model`.
 
-    `loss(model, index, generator)` gets int64 indices [batch] into `count` images. Every random draw of step s comes from
+    `loss(model, index, generator)` gets int64 indices [batch] into `count` images, on the CPU like the generator, wherever
+    the model is: a seed means the same draws on every device. Every random draw of step s comes from
     a generator seeded with (seed, s), so a killed run goes on from `folder` exactly as if it had not been killed.
     """
     folder = Path(folder)
@@ -79,13 +80,13 @@ def train(
                 average[name].lerp_(tensor, 1.0 - decay)
             else:
                 average[name].copy_(tensor)
-        total, summed = total + value.item(), summed + 1
+        total, summed = total + value.detach().double(), summed + 1  # no wait for the device but where the mean is said
         done = step + 1
         spent = minutes + (time.monotonic() - clock) / 60
         if done % config.checkpoint_every == 0 or done == config.steps:
             _save(model, optimizer, average, config, folder, done, spent)
         if done % log_every == 0 or done == config.steps:
-            yield Progress(done, total / summed, done * config.batch, spent)
+            yield Progress(done, float(total / summed), done * config.batch, spent)
             total, summed = 0.0, 0
     model.load_state_dict(average)
     model.eval()

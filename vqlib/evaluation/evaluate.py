@@ -136,7 +136,8 @@ def evaluate(
         low, high = bootstrap_interval(found.features, reference.mean, reference.covariance, fd, bootstrap, seed)
     precision, recall = None, None
     if precision_recall and reference.features is not None:
-        precision, recall = _precision_recall(found.features, reference.features)
+        where = next(extractor.module.parameters()).device  # all pairs of images: a GPU's work where there is one
+        precision, recall = _precision_recall(found.features.to(where), reference.features.to(where))
     return Metrics(
         fd=fd,
         sfid=_sfid(found.spatial, reference, allow_few),

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from vqlib.figures.layout import headed, plain_log_ticks
 from vqlib.figures.styles import METHOD_COLORS, OTHER_COLORS, new_figure
@@ -24,9 +25,9 @@ def codewords_plot(
 ) -> Figure:
     """Sub-vectors [N, 2] as a cloud, codewords [k, 2] with area ∝ their use `counts` [k], and the sorted use beside it.
 
-    Torch tensors do as well. Unused codewords are crosses. More than 20,000 sub-vectors are thinned evenly.
+    Torch tensors of any device do as well. Unused codewords are crosses. More than 20,000 sub-vectors are thinned evenly.
     """
-    points, centers, uses = (np.asarray(value, dtype=float) for value in (subvectors, codewords, counts))
+    points, centers, uses = (_array(values) for values in (subvectors, codewords, counts))
     if points.shape[1:] != (2,) or centers.shape != (len(uses), 2):
         raise ValueError(
             f"sub-vectors {points.shape}, codewords {centers.shape}, counts {uses.shape}: need [N, 2], [k, 2], [k]"
@@ -50,6 +51,10 @@ def codewords_plot(
     empty = int((~used).sum())
     usage.text(0.97, 0.95, f"$k$ = {len(uses)}\n{empty} unused", transform=usage.transAxes, ha="right", va="top")
     return headed(figure, title)
+
+
+def _array(values: np.ndarray | Tensor) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
 
 def convergence_plot(histories: pd.DataFrame, title: str | None = None) -> Figure:

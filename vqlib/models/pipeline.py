@@ -50,12 +50,18 @@ class Pipeline:
         return next(self.transformer.parameters()).device
 
     def with_transformer(self, transformer: nn.Module) -> Pipeline:
-        """The same pipeline around another transformer, for example a packed one."""
+        """The same pipeline around another transformer, for example a packed one.
+
+        It is put into eval mode and moved to this pipeline's device, in place, as torch does.
+        """
+        here = next((p.device for p in transformer.parameters()), None)
+        if here != self.device:
+            transformer = transformer.to(self.device)
         return replace(self, transformer=transformer.eval())
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move transformer and VAE (in place, as torch does) to a device."""
-        return replace(self, transformer=self.transformer.to(device), vae=self.vae.to(device))
+        return replace(self, transformer=self.transformer.to(device), vae=self.vae and self.vae.to(device))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

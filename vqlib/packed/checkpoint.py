@@ -18,6 +18,7 @@ from torch import nn
 
 from vqlib.config import VQConfig
 from vqlib.models import dit
+from vqlib.models.pipeline import device_of
 from vqlib.packed import container
 from vqlib.packed.diffusers_backend import Method, PackedConfig, VQQuantizer, packed_layers
 from vqlib.packed.header import FORMAT, WEIGHTS, CheckpointError, parse_json, read_header, require_plausible
@@ -74,12 +75,12 @@ def save(
 
 
 def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> ModelMixin:
-    """The packed transformer of a folder, in eval mode, float32 with codebooks as stored.
+    """The packed transformer of a folder, in eval mode, float32 with codebooks as stored, on `device` (as for `vqlib.load`).
 
     Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
     their claims. Raises CheckpointError naming file, tensor and reason.
     """
-    folder = Path(folder).expanduser()
+    folder, device = Path(folder).expanduser(), device_of(device)
     recover_folder(folder)
     file = folder / CONFIG
     model_class, config = _read_config(file)

@@ -28,12 +28,12 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: int = 15) -> pd.Data
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
+    wait_for_gpus()
     for _ in range(rounds):
         for name, call in calls.items():
             begin = time.perf_counter()
             call()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            wait_for_gpus()
             times[name].append(time.perf_counter() - begin)
     base = next(iter(times.values()))
     rows = []
@@ -43,6 +43,14 @@ def compare(calls: Mapping[str, Callable[[], Any]], rounds: int = 15) -> pd.Data
         row = {"method": name, "ms": 1e3 * statistics.median(seconds), "ratio": ratio, "low": low, "high": high}
         rows.append(row | {"best": min(seconds) / min(base)})
     return pd.DataFrame(rows)
+
+
+def wait_for_gpus() -> None:
+    """Until every GPU that holds a tensor has done what it was told; nothing where there is none."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.memory_allocated(index):  # no context on a GPU that others use
+                torch.cuda.synchronize(index)
 
 
 def products(model: nn.Module, run: Callable[[], Any]) -> Callable[[], None]:
