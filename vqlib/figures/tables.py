@@ -9,127 +9,68 @@ import pandas as pd
 
 from vqlib.system.files import write_bytes
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "|": r"$|$",
-    "×": r"$\times$",
-    "±": r"$\pm$",
-    "−": r"$-$",
-    "–": "--",
-    "—": "---",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "≈": r"$\approx$",
-    "→": r"$\rightarrow$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "λ": r"$\lambda$",
-    "σ": r"$\sigma$",
-    "·": r"$\cdot$",
-    "…": r"\ldots{}",
-    "é": r"\'e",
-    "°": r"$^\circ$",
-    "²": r"$^2$",
-    "†": r"$\dagger$",
-    "\n": " ",
-}
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", "×": r"$\times$",
+    "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$",
+    "→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "λ": r"$\lambda$", "σ": r"$\sigma$",
+    "·": r"$\cdot$", "…": r"\ldots{}", "é": r"\'e", "°": r"$^\circ$", "²": r"$^2$", "†": r"$\dagger$", "\n": " ",
+})  # fmt: skip
 ARROWS = {"min": "↓", "max": "↑"}
-
-Formats = Mapping[str, str]
-Best = Mapping[str, str]
 
 
 def save_table(
-    df: pd.DataFrame,
-    stem: str | Path,
-    caption: str = "",
-    label: str = "",
-    best: Best | None = None,
-    formats: Formats | None = None,
-    wide: bool = False,
-    within: pd.Series | None = None,
+    df: pd.DataFrame, stem: str | Path, caption: str = "", label: str = "", wide: bool = False, **look
 ) -> dict[str, Path]:
-    """Write `<stem>.csv` (full precision) and `<stem>.tex` (ready to \\input); returns {suffix: path}.
-
-    `best`: column -> 'min' or 'max', in bold; `formats`: column -> spec such as '.2f'; `wide`: across both columns;
-    `within`: one value a row, the best of each value is bold, rules part them; rows without a value are not compared.
-    """
-    stem, within = Path(stem).expanduser(), _aligned(df, within)
-    df = _flat(df)
-    contents = {"csv": df.to_csv(index=False), "tex": latex(df, caption, label, best, formats, wide, within)}
+    """Write `<stem>.csv` (full precision) and `<stem>.tex` (ready to \\input); returns {suffix: path}. See `latex`."""
+    stem = Path(stem).expanduser()
+    contents = {"csv": _flat(df).to_csv(index=False), "tex": latex(df, caption, label, wide, **look)}
     return {kind: write_bytes(stem.parent / f"{stem.name}.{kind}", text.encode()) for kind, text in contents.items()}
 
 
-def latex(
-    df: pd.DataFrame,
-    caption: str = "",
-    label: str = "",
-    best: Best | None = None,
-    formats: Formats | None = None,
-    wide: bool = False,
-    within: pd.Series | None = None,
-) -> str:
-    """A whole `table` environment with booktabs rules. Text is escaped, numbers are right-aligned. See `save_table`."""
-    groups = _groups(df, _aligned(df, within))
-    df = _flat(df)
-    cells, bold = _cells(df, best, formats, escape, groups)
-    head = " & ".join(map(_stacked, _headers(df, best, escape)))
-    rows = [
-        " & ".join(rf"\textbf{{{c}}}" if b else c for c, b in zip(*row, strict=True)) + r" \\"
-        for row in zip(cells, bold, strict=True)
-    ]
-    breaks = [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
-    for i in reversed(breaks):
-        rows.insert(i, r"\midrule")
-    align = "".join("r" if pd.api.types.is_numeric_dtype(df[column]) else "l" for column in df)
-    environment = "table*" if wide else "table"
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        rf"\begin{{{environment}}}[t]",
-        r"\centering",
-        *([r"\small", r"\setlength{\tabcolsep}{4pt}"] if wide else []),
-        *([rf"\caption{{{escape(caption)}}}"] if caption else []),
-        *([rf"\label{{{label}}}"] if label else []),
-        rf"\begin{{tabular}}{{{align}}}",
-        r"\toprule",
-        rf"{head} \\",
-        r"\midrule",
-        *rows,
-        r"\bottomrule",
-        r"\end{tabular}",
-        rf"\end{{{environment}}}",
-    ]
-    return "\n".join(lines) + "\n"
+def latex(df: pd.DataFrame, caption: str = "", label: str = "", wide: bool = False, **look) -> str:
+    """A whole `table` environment with booktabs rules, by pandas' Styler; `look` is best, formats, within of `markdown`.
+
+    Text is escaped, numbers are right-aligned; `wide`: across both columns.
+    """
+    cells, bold, groups = _printed(df, escape, **look)
+    cells.columns = bold.columns = [_stacked(name) for name in cells]
+    align = "".join("r" if pd.api.types.is_numeric_dtype(kind) else "l" for kind in _flat(df).dtypes)
+    styled = cells.style.hide(axis="index").apply(
+        lambda _: bold.map({True: "textbf:--rwrap", False: ""}.get), axis=None
+    )
+    place = {"position": "t", "position_float": "centering", "environment": "table*" if wide else "table"}
+    text = styled.to_latex(column_format=align, hrules=True, caption=escape(caption), label=label or None, **place)
+    head, rule, body = text.partition("\\midrule\n")
+    rows = body.splitlines(keepends=True)
+    for i in reversed(range(1, len(groups))):
+        if groups[i] != groups[i - 1]:
+            rows.insert(i, rule)
+    if wide:
+        head = head.replace("\\centering\n", "\\centering\n\\small\n\\setlength{\\tabcolsep}{4pt}\n")
+    return "".join(["% needs \\usepackage{booktabs}\n", head, rule, *rows])
 
 
 def markdown(
-    df: pd.DataFrame, best: Best | None = None, formats: Formats | None = None, within: pd.Series | None = None
+    df: pd.DataFrame,
+    best: Mapping[str, str] | None = None,
+    formats: Mapping[str, str] | None = None,
+    within: pd.Series | None = None,
 ) -> str:
-    """The same table for a README or a notebook."""
-    groups = _groups(df, _aligned(df, within))
-    df = _flat(df)
-    cells, bold = _cells(df, best, formats, _escape_markdown, groups)
-    rows = [[f"**{c}**" if b else c for c, b in zip(*row, strict=True)] for row in zip(cells, bold, strict=True)]
-    rule = ["---:" if pd.api.types.is_numeric_dtype(df[column]) else "---" for column in df]
-    return (
-        "\n".join("| " + " | ".join(row) + " |" for row in [_headers(df, best, _escape_markdown), rule, *rows]) + "\n"
-    )
+    """The same table for a README or a notebook.
+
+    `best`: column -> 'min' or 'max', in bold; `formats`: column -> spec such as '.2f'; `within`: one value a row, the best
+    of each value is bold, rules part them in LaTeX; rows without a value are not compared.
+    """
+    cells, bold, _ = _printed(df, _escape_markdown, best, formats, within)
+    rule = ["---:" if pd.api.types.is_numeric_dtype(kind) else "---" for kind in _flat(df).dtypes]
+    rows = cells.where(~bold, "**" + cells + "**").to_numpy().tolist()
+    return "".join(f"| {' | '.join(row)} |\n" for row in [list(cells), rule, *rows])
 
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it stands here. Characters it cannot type are left to \\usepackage[utf8]{inputenc}."""
-    return "".join(LATEX.get(character, character) for character in str(text))
+    return str(text).translate(LATEX)
 
 
 def _stacked(header: str) -> str:
@@ -140,10 +81,6 @@ def _stacked(header: str) -> str:
 
 def _escape_markdown(text: str) -> str:
     return str(text).replace("|", r"\|").replace("\n", " ")
-
-
-def _headers(df: pd.DataFrame, best: Best | None, escaped: Callable[[str], str]) -> list[str]:
-    return [escaped(f"{column} {ARROWS[best[column]]}" if best and column in best else str(column)) for column in df]
 
 
 def _flat(df: pd.DataFrame) -> pd.DataFrame:
@@ -159,69 +96,53 @@ def _flat(df: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _aligned(df: pd.DataFrame, within: pd.Series | None) -> pd.Series | None:
-    """`within` in the order of the table's rows, found by their index; ValueError where a row has no value there."""
-    if within is not None and len(within) != len(df):
-        raise ValueError(f"within has {len(within)} values for {len(df)} rows")
-    if not isinstance(within, pd.Series) or within.index.equals(df.index):
-        return within
-    if not df.index.is_unique or not df.index.isin(within.index).all():
-        raise ValueError(f"within has another index than the {len(df)} rows of the table")
-    return within.reindex(df.index)
-
-
 def _groups(df: pd.DataFrame, within: pd.Series | None) -> list:
-    """The group of each row, None for a row that is not compared; one group where `within` is not given."""
+    """The group of each row, found by its index, None for a row that is not compared; one group without `within`.
+
+    Raises ValueError where a row has no value in `within`.
+    """
     if within is None:
         return [""] * len(df)
+    if len(within) != len(df):
+        raise ValueError(f"within has {len(within)} values for {len(df)} rows")
+    if isinstance(within, pd.Series) and not within.index.equals(df.index):
+        if not df.index.is_unique or not df.index.isin(within.index).all():
+            raise ValueError(f"within has another index than the {len(df)} rows of the table")
+        within = within.reindex(df.index)
     return [None if pd.isna(value) else value for value in within]
 
 
-def _cells(
-    df: pd.DataFrame, best: Best | None, formats: Formats | None, escaped: Callable[[str], str], groups: list
-) -> tuple[list[list[str]], list[list[bool]]]:
-    """Printed cells and which of them are bold, row by row. Cells of a group that print alike are bold together."""
-    best, formats = dict(best or {}), dict(formats or {})
+def _printed(
+    df: pd.DataFrame,
+    escaped: Callable[[str], str],
+    best: Mapping[str, str] | None = None,
+    formats: Mapping[str, str] | None = None,
+    within: pd.Series | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame, list]:
+    """Printed cells under their headings, which of them are bold, and each row's group.
+
+    Cells of a group that print like its best value are bold together.
+    """
+    best, formats, groups, df = dict(best or {}), dict(formats or {}), _groups(df, within), _flat(df)
     for name, given in {**best, **formats}.items():
         if name not in df:
             raise ValueError(f"no column {name!r} (given {given!r}); columns: {', '.join(map(str, df.columns))}")
+    cells = pd.DataFrame({name: [_print(v, formats.get(name), escaped) for v in df[name]] for name in df}, dtype=object)
+    bold = pd.DataFrame(False, index=cells.index, columns=cells.columns)
+    group = pd.Series(groups, index=cells.index, dtype=object)
     for name, direction in best.items():
         if direction not in ARROWS:
             raise ValueError(f"best[{name!r}]={direction!r} is not 'min' or 'max'")
-    columns, bold = [], []
-    for name in df:
-        printed = [_print(value, formats.get(name), escaped) for value in df[name]]
-        winners = _winners(df[name], best.get(name), groups)
-        columns.append(printed)
-        bold.append(
-            [
-                text != "" and text == printed[winners.get(g, i)] and g in winners
-                for i, (text, g) in enumerate(zip(printed, groups, strict=True))
-            ]
-        )
-    return [list(row) for row in zip(*columns, strict=True)], [list(row) for row in zip(*bold, strict=True)]
-
-
-def _winners(column: pd.Series, direction: str | None, groups: list) -> dict:
-    """Position of the best known value of each group; nothing where no best is asked for or nothing is known."""
-    if direction is None:
-        return {}
-    found: dict = {}
-    values = pd.to_numeric(column).astype(float).to_numpy()
-    for i, group in enumerate(groups):
-        if group is None or values[i] != values[i]:  # NaN is the only value that differs from itself
-            continue
-        held = found.get(group)
-        if held is None or (values[i] < values[held] if direction == "min" else values[i] > values[held]):
-            found[group] = i
-    return found
+        values = pd.to_numeric(df[name]).astype(float)
+        winners = cells[name].where(values == values.groupby(group).transform(direction))
+        bold[name] = cells[name] == winners.groupby(group).transform("first")
+    headings = [escaped(f"{name} {ARROWS[best[name]]}" if name in best else name) for name in df]
+    return cells.set_axis(headings, axis=1), bold.set_axis(headings, axis=1), groups
 
 
 def _print(value: object, spec: str | None, escaped: Callable[[str], str]) -> str:
     if value is None or value is pd.NA or value != value:  # NaN is the only value that differs from itself
         return ""
-    if spec is not None:
-        return escaped(format(value, spec))
-    if isinstance(value, float):
-        return escaped(f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}")
-    return escaped(str(value))
+    if spec is None and isinstance(value, float):
+        spec = ".4g" if abs(value) < 1e4 else ".0f"
+    return escaped(format(value, spec) if spec else str(value))
