@@ -11,7 +11,7 @@ FIND_CHROMIUM := for name in "$$CHROMIUM" chromium chromium-browser google-chrom
 NO_CHROMIUM := make browser needs Chromium or Chrome: install it (Debian: sudo apt-get install chromium), or name it (CHROMIUM=/path/to/it make browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test kernels browser lab notebooks tables bench
+.PHONY: help env demo test kernels gpu browser lab notebooks tables bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of th
 
 kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)
 	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
+
+gpu:  ## everything that only a GPU can show, in about five minutes, with torch for CUDA (.venv's, or that of PYTHON)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)
 	@$(FIND_CHROMIUM) || { test "$$(id -u)" = 0 && command -v apt-get; } >/dev/null || { echo '$(NO_CHROMIUM)' >&2; exit 1; }

@@ -23,7 +23,7 @@ from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration, calibrate
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.kernels.products import products_in
+from vqlib.kernels.products import PRODUCTS
 from vqlib.models import dit, pipeline
 from vqlib.models.geometry import Geometry
 from vqlib.quantizer.quantize import quantize
@@ -58,7 +58,7 @@ def floor(run: Calibration) -> tuple[float, float]:
     inputs = run.trajectory.inputs()
     handles = [block.register_forward_hook(follow, with_kwargs=True) for block in dit.block_list(run.pipe.transformer)]
     started = clocks()
-    with torch.no_grad(), products_in(getattr(torch, run.config.products)):
+    with torch.no_grad(), dit.precision(run.config.products, run.pipe.transformer), run.embedder.working():
         dit.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     wait(run.trajectory.device)
     for handle in handles:
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=28, help="of the seeded model")
     parser.add_argument("--candidates", type=int, default=3)
-    parser.add_argument("--products", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--products", default="float32", choices=PRODUCTS)
     parser.add_argument("--floors", type=int, default=3, help="how often the floor is measured")
     parser.add_argument("--resume", action="store_true", help="stop half-way, write a checkpoint, go on from it")
     parser.add_argument("--estimate", action="store_true", help="estimate the same job first")

@@ -12,18 +12,20 @@ ROW_SPREAD, TAIL_SPREAD = 0.3, 0.5  # of the logarithm of a row's scale, and of 
 
 def weight(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """[rows, columns] with standard deviation about 1/√columns: rows of different scale, tails heavier than a normal's."""
-    scale = torch.exp(ROW_SPREAD * torch.randn(rows, 1, generator=generator))
-    scale = scale * torch.exp(TAIL_SPREAD * torch.randn(rows, columns, generator=generator).clamp_(-4, 4))
-    return torch.randn(rows, columns, generator=generator).mul_(scale).mul_(columns**-0.5)
+    given = {"generator": generator, "device": generator.device}
+    scale = torch.exp(ROW_SPREAD * torch.randn(rows, 1, **given))
+    scale = scale * torch.exp(TAIL_SPREAD * torch.randn(rows, columns, **given).clamp_(-4, 4))
+    return torch.randn(rows, columns, **given).mul_(scale).mul_(columns**-0.5)
 
 
 def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> pipeline.Pipeline:
-    """A pipeline, without VAE, whose quantizable weights are `weight`s; the rest has diffusers' own start."""
+    """A pipeline, without VAE, whose quantizable weights are `weight`s, drawn on the device; the rest has diffusers' own start."""
     torch.manual_seed(seed)
-    transformer = DiTTransformer2DModel(**geometry.config()).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    with torch.device(device):
+        transformer = DiTTransformer2DModel(**geometry.config()).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
     for layer in dit.quantizable(transformer).values():
         layer.weight.copy_(weight(*layer.weight.shape, generator))
     names = tuple(map(str, range(geometry.classes)))
     transformer = dit.with_fast_products(transformer)
-    return pipeline.Pipeline("seeded", transformer.to(device), None, NoiseSchedule.linear(), names)
+    return pipeline.Pipeline("seeded", transformer, None, NoiseSchedule.linear(), names)

@@ -5,11 +5,8 @@ would wait for the device is counted, and answered with a value that lets the co
 """
 
 from collections import Counter
-from contextlib import contextmanager, ExitStack
-from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "gpu"
