@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.figures.layout import legended, log_scale, page_width
 from vqlib.figures.styles import method_color, method_key, new_figure
 
 
@@ -27,7 +26,7 @@ def ablation_plot(
     groups = list(rows.dropna(subset=[quality]).groupby("group", sort=False))
     if not groups:
         raise ValueError(f"no row has a value in column {quality!r}")
-    width = mpl.rcParams["figure.figsize"][0]
+    width = page_width()
     columns = min(len(groups), 3 if width >= 5 else 2)
     lines = -(-len(groups) // columns)
     figure = new_figure(lines * (0.22 * width + 0.55 if width >= 5 else 0.55 * width) + 0.3)
@@ -38,7 +37,7 @@ def ablation_plot(
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel(label)
-    return headed(figure, title, *axes.flat[0].get_legend_handles_labels())
+    return legended(figure, title, axes.flat[0])
 
 
 def _panel(axis, name: str, group: pd.DataFrame, quality: str, references: Mapping[str, float]) -> None:
@@ -52,11 +51,9 @@ def _panel(axis, name: str, group: pd.DataFrame, quality: str, references: Mappi
         if len(values) > 1:
             spread = values.std(ddof=1)
             axis.errorbar(place, values.mean(), yerr=spread, color=color, marker="_", markersize=9, capsize=2, zorder=2)
-    axis.set_yscale("log")
-    plain_log_ticks(axis.yaxis)
+    log_scale(axis, "y")
     axis.set_xticks(range(len(settings)), settings)
-    axis.set_xlim(-0.6, len(settings) - 0.4)
-    axis.set_title(name)
+    axis.set(xlim=(-0.6, len(settings) - 0.4), title=name)
     axis.grid(False, axis="x")
     if max(len(str(s)) for s in settings) * len(settings) > 24:
         for label in axis.get_xticklabels():

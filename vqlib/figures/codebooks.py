@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.figures.layout import headed, legended, log_scale, page_width, panel
 from vqlib.figures.styles import METHOD_COLORS, OTHER_COLORS, new_figure
 
 STARTS = {"distinct": "#0072B2", "kmeans++": "#882255", "random": "#E69F00"}  # start method -> color
@@ -29,24 +29,22 @@ def codewords_plot(
     """
     points, centers, uses = (_array(values) for values in (subvectors, codewords, counts))
     if points.shape[1:] != (2,) or centers.shape != (len(uses), 2):
-        raise ValueError(
-            f"sub-vectors {points.shape}, codewords {centers.shape}, counts {uses.shape}: need [N, 2], [k, 2], [k]"
-        )
-    width = mpl.rcParams["figure.figsize"][0]
+        given = f"sub-vectors {points.shape}, codewords {centers.shape}, counts {uses.shape}"
+        raise ValueError(f"{given}: need [N, 2], [k, 2], [k]")
+    width = page_width()
     figure = new_figure(0.58 * width)
     cloud, usage = figure.subplots(1, 2, width_ratios=(1.55, 1))
     thin = points[:: max(1, len(points) // 20000)]
     cloud.scatter(*thin.T, s=0.6, color="#BBBBBB", linewidths=0, rasterized=True)
     used = uses > 0
     area = (4.0 if width < 5 else 12.0) * uses[used] / max(uses.mean(), 1e-12)
-    cloud.scatter(
-        *centers[used].T, s=area, color=METHOD_COLORS["VQ4DiT"], alpha=0.8, linewidths=0.2, edgecolors="white"
-    )
+    blue = {"color": METHOD_COLORS["VQ4DiT"], "alpha": 0.8}
+    cloud.scatter(*centers[used].T, s=area, linewidths=0.2, edgecolors="white", **blue)
     cloud.scatter(*centers[~used].T, s=14, color=METHOD_COLORS["GPTVQ-like"], marker="x", linewidths=0.8)
     limit = np.abs(np.concatenate([np.quantile(points, (0.0005, 0.9995), axis=0), centers])).max() * 1.04
     cloud.set(xlabel=axes[0], ylabel=axes[1], xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     order = np.sort(uses)[::-1]
-    usage.fill_between(np.arange(len(order)), order, step="mid", color=METHOD_COLORS["VQ4DiT"], alpha=0.8, linewidth=0)
+    usage.fill_between(np.arange(len(order)), order, step="mid", linewidth=0, **blue)
     usage.set(xlabel="codeword, by use", ylabel="sub-vectors", ylim=(0, None), xlim=(-0.5, len(order) - 0.5))
     empty = int((~used).sum())
     usage.text(0.97, 0.95, f"$k$ = {len(uses)}\n{empty} unused", transform=usage.transAxes, ha="right", va="top")
@@ -59,16 +57,14 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
 
 def convergence_plot(histories: pd.DataFrame, title: str | None = None) -> Figure:
     """Relative error of the weight after every pass of k-means: columns start, seed, iteration, error; a line per run."""
-    figure = new_figure(0.48 * mpl.rcParams["figure.figsize"][0])
-    axis = figure.subplots()
+    figure, axis = panel(0.48)
     for start, runs in histories.groupby("start", sort=False):
         color = STARTS.get(str(start), OTHER_COLORS[0])
         for i, (_, run) in enumerate(runs.groupby("seed")):
             axis.plot(run["iteration"], run["error"], color=color, linewidth=0.9, label=None if i else str(start))
-    axis.set_xscale("log")
-    plain_log_ticks(axis.xaxis)
+    log_scale(axis, "x")
     axis.set(xlabel="pass over all sub-vectors", ylabel="relative error")
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)
 
 
 def geometry_plot(errors: pd.DataFrame, title: str | None = None, bounds: Mapping[str, tuple] | None = None) -> Figure:
@@ -76,8 +72,7 @@ def geometry_plot(errors: pd.DataFrame, title: str | None = None, bounds: Mappin
 
     `bounds`: name -> (bits, errors), drawn as dashed lines.
     """
-    figure = new_figure(0.55 * mpl.rcParams["figure.figsize"][0])
-    axis = figure.subplots()
+    figure, axis = panel(0.55)
     lengths = sorted(errors["d"].unique())
     shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.8, len(lengths)))
     for length, color, marker in zip(lengths, shades, "osv^DPX<>"[: len(lengths)], strict=True):
@@ -85,7 +80,6 @@ def geometry_plot(errors: pd.DataFrame, title: str | None = None, bounds: Mappin
         axis.plot(points["bits"], points["error"], color=color, marker=marker, label=f"$d$ = {length}")
     for (name, (bits, values)), dash in zip((bounds or {}).items(), ((4, 3), (1, 1.5), (6, 2, 1, 2)), strict=False):
         axis.plot(bits, values, color="#777777", linewidth=0.9, linestyle=(0, dash), label=name)
-    axis.set_yscale("log")
-    plain_log_ticks(axis.yaxis)
+    log_scale(axis, "y")
     axis.set(xlabel="bits per weight, codes alone", ylabel="relative error")
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from torch import Tensor
 
+from vqlib.figures.layout import note, page_width
 from vqlib.figures.styles import method_color, new_figure
 
 SHOWN_PIXELS = 128  # smaller images are enlarged by a whole factor, so that no viewer blurs them
@@ -74,7 +75,7 @@ def _grid(
 ) -> Figure:
     """Lay out in inches: row labels, column labels, one picture of all images, a color bar from 0 to `bar`."""
     canvas, cell, gap = _canvas(list(rows.values()))
-    width, size = mpl.rcParams["figure.figsize"][0], mpl.rcParams["font.size"]
+    width, size = page_width(), mpl.rcParams["font.size"]
     small = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
     line = size * 1.35 / 72
     labels = _row_labels(list(rows))
@@ -93,9 +94,11 @@ def _grid(
     box = (left / width, below / height, canvas.shape[1] * scale / width, canvas.shape[0] * scale / height)
     axis = figure.add_axes(box, frameon=False, xticks=[], yticks=[])
     axis.imshow(canvas, interpolation="none", aspect="auto")
-    _label_rows(axis, labels, cell, gap, size, left / (canvas.shape[1] * scale))
-    if columns is not None:
-        _label_columns(axis, columns, cell, gap, small, tilted)
+    _label_rows(axis, labels, gap, size, left / (canvas.shape[1] * scale))
+    turn = {"rotation": TILT, "rotation_mode": "anchor", "ha": "left"} if tilted else {"ha": "center"}
+    for j, name in enumerate(columns or ()):
+        place = j * (cell + gap) + cell / 2, 1
+        note(axis, name, place, (0, 3), axis.get_xaxis_transform(), va="baseline", fontsize=small, **turn)
     if title:
         figure.text(0.5, 1 - 0.05 / height, title, ha="center", va="top", fontsize=size)
     if bar:
@@ -128,11 +131,9 @@ def _canvas(rows: list[np.ndarray]) -> tuple[np.ndarray, int, int]:
     big = [row.repeat(factor, axis=1).repeat(factor, axis=2) for row in rows]
     count, tall, wide, _ = big[0].shape
     gap = max(1, round(GAP * wide))
-    canvas = np.full((len(rows) * (tall + gap) - gap, count * (wide + gap) - gap, 3), 255, np.uint8)
-    for i, row in enumerate(big):
-        for j, image in enumerate(row):
-            canvas[i * (tall + gap) : i * (tall + gap) + tall, j * (wide + gap) : j * (wide + gap) + wide] = image
-    return canvas, wide, gap
+    canvas = np.full((len(rows), tall + gap, count, wide + gap, 3), 255, np.uint8)
+    canvas[:, :tall, :, :wide] = np.stack(big).swapaxes(1, 2)  # [R, B, H, W, 3] -> [R, H, B, W, 3]
+    return canvas.reshape(len(rows) * (tall + gap), -1, 3)[:-gap, :-gap], wide, gap
 
 
 def _inches(text: str, size: float) -> float:
@@ -161,59 +162,23 @@ def _overhang(label: str, size: float, cell: float, tilted: bool) -> float:
     return max(0.0, _inches(label, size) * math.cos(angle) + line * math.sin(angle) - cell / 2)
 
 
-def _label_rows(axis, labels: dict[str, list[str]], cell: int, gap: int, size: float, left: float) -> None:
+def _label_rows(axis, labels: dict[str, list[str]], gap: int, size: float, left: float) -> None:
     """Text at the left edge with a bar in the method's color between it and the images."""
-    height = axis.images[0].get_array().shape[0]
-    tall = (height + gap) / len(labels) - gap
+    tall, side = (axis.images[0].get_array().shape[0] + gap) / len(labels) - gap, axis.get_yaxis_transform()
+    look = {"ha": "right", "va": "center", "fontsize": size, "linespacing": 1.1}
     for i, (name, lines) in enumerate(labels.items()):
         top = i * (tall + gap)
-        axis.annotate(
-            "\n".join(lines),
-            (0, top + tall / 2),
-            xycoords=axis.get_yaxis_transform(),
-            xytext=(-8, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=size,
-            linespacing=1.1,
-        )
+        note(axis, "\n".join(lines), (0, top + tall / 2), (-8, 0), side, **look)
         if name != "difference":
-            bar = Rectangle(
-                (-0.055 * left - 0.002, top),
-                0.055 * left * 0.6,
-                tall,
-                transform=axis.get_yaxis_transform(),
-                color=method_color(name),
-                linewidth=0,
-                clip_on=False,
-            )
-            axis.add_patch(bar)
-
-
-def _label_columns(axis, columns: Sequence[str], cell: int, gap: int, size: float, tilted: bool) -> None:
-    for j, name in enumerate(columns):
-        turn = {"rotation": TILT, "rotation_mode": "anchor", "ha": "left"} if tilted else {"ha": "center"}
-        axis.annotate(
-            name,
-            (j * (cell + gap) + cell / 2, 1),
-            xycoords=axis.get_xaxis_transform(),
-            xytext=(0, 3),
-            textcoords="offset points",
-            va="baseline",
-            fontsize=size,
-            **turn,
-        )
+            bar = {"transform": side, "color": method_color(name), "linewidth": 0, "clip_on": False}
+            axis.add_patch(Rectangle((-0.055 * left - 0.002, top), 0.055 * left * 0.6, tall, **bar))
 
 
 def _color_bar(figure: Figure, box: tuple[float, ...], top: float, label: str, size: float) -> None:
     axis = figure.add_axes(box)
     axis.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto", extent=(0, top, 0, 1))
-    axis.set(yticks=[], xticks=[0, top])
-    axis.set_xticklabels(["0", f"{top:.0f}"])
+    axis.set(yticks=[], xticks=[0, top], xticklabels=["0", f"{top:.0f}"])
     axis.tick_params(length=0, pad=1.5, labelsize=size)
     axis.spines[:].set_visible(False)
     axis.grid(False)
-    axis.annotate(
-        label, (1, 0.5), xycoords="axes fraction", xytext=(8, 0), textcoords="offset points", va="center", fontsize=size
-    )
+    note(axis, label, (1, 0.5), (8, 0), "axes fraction", va="center", fontsize=size)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.figures.styles import method_color, method_marker, new_figure
+from vqlib.figures.layout import color_bar, headed, legended, log_scale, panel
+from vqlib.figures.styles import method_color, method_marker
 
 KINDS = {  # the end of a quantized layer's name -> its short label, in the order of the forward pass
     "norm1.linear": "adaLN",
@@ -29,69 +30,50 @@ def layer_place(name: str) -> tuple[int, str]:
     return block, kind
 
 
+def kinds_in_order(kinds: Iterable[str]) -> list[str]:
+    """Each kind once, those of `KINDS` in their order and first."""
+    there = dict.fromkeys(kinds)
+    return [*(kind for kind in KINDS.values() if kind in there), *(k for k in there if k not in KINDS.values())]
+
+
 def error_by_layer(errors: pd.DataFrame, title: str | None = None, label: str = "relative error") -> Figure:
     """Columns layer, error, and method to compare methods. One method: heat map of blocks and kinds; several: dots."""
     places = [layer_place(name) for name in errors["layer"]]
     table = errors.assign(block=[block for block, _ in places], kind=[kind for _, kind in places])
-    kinds = [kind for kind in KINDS.values() if kind in set(table["kind"])]
-    kinds += [kind for kind in table["kind"].unique() if kind not in kinds]
     draw = _error_dots if "method" in table and table["method"].nunique() > 1 else _error_map
-    return draw(table, kinds, label, title)
+    return draw(table, kinds_in_order(table["kind"]), label, title)
 
 
 def _error_map(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
     grid = table.pivot(index="kind", columns="block", values="error").loc[kinds]
-    width = mpl.rcParams["figure.figsize"][0]
-    figure = new_figure(0.45 * width + 0.2)
-    axis = figure.subplots()
-    mesh = axis.pcolormesh(
-        np.arange(grid.shape[1] + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5, grid.to_numpy(), cmap="viridis"
-    )
+    figure, axis = panel(0.45, 0.2)
+    edges = (np.arange(count + 1) - 0.5 for count in grid.shape[::-1])
+    mesh = axis.pcolormesh(*edges, grid.to_numpy(), cmap="viridis")
     axis.set_yticks(range(len(kinds)), kinds)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
     axis.invert_yaxis()
-    axis.grid(False)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("block")
-    bar = figure.colorbar(mesh, ax=axis, pad=0.02, aspect=25)
-    bar.set_label(label)
-    bar.outline.set_visible(False)
+    color_bar(axis, mesh, label)
     return headed(figure, title)
 
 
 def _error_dots(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
     """Per kind and method one dot per block, and a bar at their median."""
     methods = list(table["method"].unique())
-    figure = new_figure(0.58 * mpl.rcParams["figure.figsize"][0] + 0.2)
-    axis = figure.subplots()
+    figure, axis = panel(0.58, 0.2)
     for i, method in enumerate(methods):
         color, shift = method_color(method), (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        dots = {"s": 20, "color": color, "alpha": 0.7, "linewidths": 0, "marker": method_marker(method), "zorder": 3}
         for x, kind in enumerate(kinds):
             values = table.loc[(table["method"] == method) & (table["kind"] == kind), "error"]
-            axis.scatter(
-                [x + shift] * len(values),
-                values,
-                s=20,
-                color=color,
-                alpha=0.7,
-                zorder=3,
-                linewidths=0,
-                marker=method_marker(method),
-                label=method if x == 0 else None,
-            )
+            axis.scatter([x + shift] * len(values), values, label=method if x == 0 else None, **dots)
             if len(values):
-                axis.hlines(
-                    values.median(),
-                    x + shift - 0.32 / len(methods),
-                    x + shift + 0.32 / len(methods),
-                    color=color,
-                    linewidth=1.4,
-                    zorder=2,
-                )
-    axis.set_yscale("log")
+                ends = x + shift - 0.32 / len(methods), x + shift + 0.32 / len(methods)
+                axis.hlines(values.median(), *ends, color=color, linewidth=1.4, zorder=2)
+    log_scale(axis, "y")
     axis.set_xticks(range(len(kinds)), kinds)
     axis.grid(False, axis="x")
     axis.set_ylabel(label)
-    plain_log_ticks(axis.yaxis)
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)

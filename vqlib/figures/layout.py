@@ -1,13 +1,40 @@
-"""What figures of several panels share: plain numbers on log axes, a title and a legend that cannot collide."""
+"""What figures share: one panel or several, plain numbers on log axes, a title and a legend that cannot collide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from vqlib.figures.styles import new_figure
+
+
+def page_width() -> float:
+    """Inches, of the current style; from 5 on, panels stand side by side."""
+    return mpl.rcParams["figure.figsize"][0]
+
+
+def panel(share: float, extra: float = 0.0) -> tuple[Figure, Axes]:
+    """A figure of one panel, `share` of its width and `extra` inches high."""
+    figure = new_figure(share * page_width() + extra)
+    return figure, figure.subplots()
+
+
+def by_run(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The parts of a column `run`; without one, a single run in VQ4DiT's color."""
+    return [(str(n), run) for n, run in frame.groupby("run", sort=False)] if "run" in frame else [("VQ4DiT", frame)]
+
+
+def log_scale(axis: Axes, *sides: str) -> None:
+    """Log axes with plain figures, of what is drawn already."""
+    for side in sides:
+        axis.set(**{f"{side}scale": "log"})
+        plain_log_ticks(getattr(axis, f"{side}axis"))
 
 
 def plain_log_ticks(side) -> None:
@@ -16,6 +43,25 @@ def plain_log_ticks(side) -> None:
     side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     side.set_minor_formatter(NullFormatter())
+
+
+def note(axis: Axes, text: str, place: tuple, shift: tuple[float, float], coords="data", **look) -> None:
+    """Small text `shift` points beside a place."""
+    look = {"fontsize": mpl.rcParams["legend.fontsize"]} | look
+    axis.annotate(text, place, xycoords=coords, xytext=shift, textcoords="offset points", **look)
+
+
+def color_bar(axis: Axes, mesh, label: str) -> None:
+    """A bar for the colors of a map, which has no grid of its own."""
+    axis.grid(False)
+    bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, aspect=25)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def legended(figure: Figure, title: str | None, axis: Axes) -> Figure:
+    """`headed` with the legend of what `axis` shows."""
+    return headed(figure, title, *axis.get_legend_handles_labels())
 
 
 def headed(figure: Figure, title: str | None, handles: Sequence = (), labels: Sequence[str] = ()) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vqlib.calibrator.runs import Record
-from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.figures.layout import by_run, color_bar, headed, legended, log_scale, note, page_width, panel
 from vqlib.figures.styles import METHOD_COLORS, method_color, method_marker, new_figure
 
 LOSS_PANELS = {"loss": "block loss", "ratio_loss": "ratio loss", "frozen": "frozen share"}
@@ -24,14 +23,8 @@ def records_frame(records: Iterable[Record]) -> pd.DataFrame:
     moved and entropy over all sub-vectors, and the losses block_0 …"""
     rows = []
     for record in records:
-        row = {
-            "iteration": record.iteration,
-            "loss": record.loss,
-            "ratio_loss": record.ratio_loss,
-            "seconds": record.seconds,
-            "memory": record.memory,
-            "unused": sum(layer["unused"] for layer in record.layers.values()),
-        }
+        row = {key: getattr(record, key) for key in ("iteration", "loss", "ratio_loss", "seconds", "memory")}
+        row |= {"unused": sum(layer["unused"] for layer in record.layers.values())}
         row |= {key: record.mean(key) for key in ("frozen", "moved", "entropy")}
         rows.append(row | {f"block_{i}": loss for i, loss in enumerate(record.block_losses)})
     return pd.DataFrame(rows)
@@ -61,7 +54,7 @@ def ratio_histograms(records: Iterable[Record], layer: str | None = None) -> pd.
 
 
 def loss_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 20) -> Figure:
-    """Losses and frozen share against the iteration, faint as measured and strong as a moving mean over `smooth` steps.
+    """Losses and frozen share against the iteration, faint as measured and strong as a moving mean over `smooth` iterations.
 
     Columns: iteration, loss, and where there are such: ratio_loss, frozen. A column `run` gives one line per run.
     """
@@ -80,25 +73,24 @@ def _curves(records: pd.DataFrame, labels: Mapping[str, str], title: str | None,
     panels = [(c, label) for c, label in labels.items() if c in records and records[c].abs().sum() > 0]
     if not panels:
         raise ValueError(f"columns {list(records.columns)} hold none of {list(labels)}")
-    width = mpl.rcParams["figure.figsize"][0]
+    width = page_width()
     wide = width >= 5 and len(panels) > 1
     figure = new_figure(0.28 * width + 0.5 if wide else (0.23 * width + 0.12) * len(panels) + 0.4)
-    axes = np.ravel(figure.subplots(1 if wide else len(panels), len(panels) if wide else 1, sharex=True, squeeze=False))
-    runs = list(records.groupby("run", sort=False)) if "run" in records else [("VQ4DiT", records)]
+    axes = np.ravel(figure.subplots(*((1, len(panels)) if wide else (len(panels), 1)), sharex=True, squeeze=False))
+    runs = by_run(records)
     for axis, (column, label) in zip(axes, panels, strict=True):
         for name, run in runs:
-            _curve(axis, run["iteration"], run[column], str(name), smooth)
+            _curve(axis, run["iteration"], run[column], name, smooth)
         axis.set_ylabel(label)
         if column == "loss":
-            axis.set_yscale("log")
-            plain_log_ticks(axis.yaxis)
+            log_scale(axis, "y")
         elif column in ("frozen", "moved"):
             axis.set_ylim(0, 1)
     for axis in axes if wide else axes[-1:]:
         axis.set_xlabel("iteration")
     if not wide:
         figure.align_ylabels()
-    return headed(figure, title, *axes[0].get_legend_handles_labels() if len(runs) > 1 else ([], []))
+    return legended(figure, title, axes[0]) if len(runs) > 1 else headed(figure, title)
 
 
 def _curve(axis, x: pd.Series, y: pd.Series, name: str, smooth: int) -> None:
@@ -109,69 +101,45 @@ def _curve(axis, x: pd.Series, y: pd.Series, name: str, smooth: int) -> None:
     axis.plot(x, y.rolling(smooth, min_periods=1, center=True).mean(), color=color, label=name)
 
 
-def block_losses(records: pd.DataFrame, title: str | None = None, steps: int = 20) -> Figure:
-    """Block loss L_d of every block: at the start dashed, at the end solid, each the mean of `steps` records.
+def block_losses(records: pd.DataFrame, title: str | None = None, window: int = 20) -> Figure:
+    """Block loss L_d of every block: at the start dashed, at the end solid, each the mean of `window` records.
 
     Columns as in `records_frame`; a column `run` gives one pair of lines per run.
     """
     columns = [c for c in records if c.startswith("block_")]
     if not columns:
         raise ValueError(f"columns {list(records.columns)} hold no block losses")
-    figure = new_figure(0.45 * mpl.rcParams["figure.figsize"][0] + 0.2)
-    axis = figure.subplots()
-    runs = list(records.groupby("run", sort=False)) if "run" in records else [("VQ4DiT", records)]
-    for name, run in runs:
-        color, marker = method_color(str(name)), method_marker(str(name))
-        for part, look, label in ((run.head(steps), "--", None), (run.tail(steps), "-", str(name))):
+    figure, axis = panel(0.45, 0.2)
+    for name, run in by_run(records):
+        color, marker = method_color(name), method_marker(name)
+        for part, look, label in ((run.head(window), "--", None), (run.tail(window), "-", name)):
             losses = part[columns].mean().to_numpy()
             axis.plot(range(len(losses)), losses, look, color=color, marker=marker, label=label)
-    for look, label in (("--", f"first {steps} steps"), ("-", f"last {steps} steps")):
+    for look, label in (("--", f"first {window} iterations"), ("-", f"last {window} iterations")):
         axis.plot([], [], look, color=METHOD_COLORS["full precision"], label=label)
-    axis.set_yscale("log")
     axis.set(xlabel="block", ylabel="block loss")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
-    plain_log_ticks(axis.yaxis)
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    log_scale(axis, "y")
+    return legended(figure, title, axis)
 
 
 def ratio_heatmap(histograms: pd.DataFrame, title: str | None = None, freeze_above: float | None = 0.99) -> Figure:
-    """Where the largest ratios of all sub-vectors are, step by step: rows of `ratio_histograms` as a heat map."""
-    shares, steps = histograms.to_numpy(dtype=float), histograms.index.to_numpy(dtype=float)
+    """Where the largest ratios of all sub-vectors are, iteration by iteration: rows of `ratio_histograms` as a heat map."""
+    shares, at = histograms.to_numpy(dtype=float), histograms.index.to_numpy(dtype=float)
     if shares.size == 0 or not (shares > 0).any():
         raise ValueError(f"histograms of shape {shares.shape} hold no counts")
-    figure = new_figure(0.55 * mpl.rcParams["figure.figsize"][0])
-    axis = figure.subplots()
-    edges = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)) - 0.5
-    shown = np.ma.masked_less_equal(shares.T, 0)  # [steps, bins] -> [bins, steps]
-    mesh = axis.pcolormesh(
-        edges,
-        np.linspace(0, 1, shares.shape[1] + 1),
-        shown,
-        cmap="viridis",
-        norm=LogNorm(max(shown.min(), 1e-5), 1.0),
-        rasterized=True,
-    )
+    figure, axis = panel(0.55)
+    edges = np.append(at, at[-1] + (at[-1] - at[-2] if len(at) > 1 else 1)) - 0.5
+    shown = np.ma.masked_less_equal(shares.T, 0)  # [iterations, bins] -> [bins, iterations]
+    colors = {"cmap": "viridis", "norm": LogNorm(max(shown.min(), 1e-5), 1.0), "rasterized": True}
+    mesh = axis.pcolormesh(edges, np.linspace(0, 1, shares.shape[1] + 1), shown, **colors)
     if freeze_above is not None:
-        _freeze_line(axis, freeze_above)
-    axis.grid(False)
+        color, place = METHOD_COLORS["GPTVQ-like"], ("axes fraction", "data")
+        axis.axhline(freeze_above, color=color, linewidth=0.8, linestyle="--")
+        look = {"color": color, "annotation_clip": False}
+        note(axis, f"frozen above {freeze_above:g}", (0.01, freeze_above), (0, 2), place, **look)
     axis.set(xlabel="iteration", ylabel="largest ratio", ylim=(0, 1))
-    bar = figure.colorbar(mesh, ax=axis, pad=0.02, aspect=25)
-    bar.set_label("share of sub-vectors")
-    bar.outline.set_visible(False)
+    color_bar(axis, mesh, "share of sub-vectors")
     if title:
         axis.set_title(title, pad=12 if freeze_above is not None else 4)
     return figure
-
-
-def _freeze_line(axis, freeze_above: float) -> None:
-    axis.axhline(freeze_above, color=METHOD_COLORS["GPTVQ-like"], linewidth=0.8, linestyle="--")
-    axis.annotate(
-        f"frozen above {freeze_above:g}",
-        (0.01, freeze_above),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
-        textcoords="offset points",
-        color=METHOD_COLORS["GPTVQ-like"],
-        fontsize=mpl.rcParams["legend.fontsize"],
-        annotation_clip=False,
-    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.figures.styles import method_color, method_marker, new_figure
+from vqlib.figures.layout import legended, log_scale, note, panel
+from vqlib.figures.styles import method_color, method_marker
 
 SIZE_PARTS = {  # column of a size table -> color; parts of one file, so none of the methods' colors
     "weights": "#BBBBBB",
@@ -33,8 +32,7 @@ def size_bars(sizes: pd.DataFrame, title: str | None = None) -> Figure:
     values = sizes[parts].fillna(0).to_numpy(dtype=float)
     totals = values.sum(axis=1)
     divisor, unit = (2**20, "MiB") if totals.max() >= 2**20 else (2**10, "KiB")
-    figure = new_figure(0.21 * len(sizes) + 0.75)
-    axis = figure.subplots()
+    figure, axis = panel(0, 0.21 * len(sizes) + 0.75)
     left = np.zeros(len(sizes))
     for part, column in zip(parts, values.T / divisor, strict=True):
         axis.barh(range(len(sizes)), column, left=left, height=0.62, color=SIZE_PARTS[part], label=part)
@@ -42,20 +40,13 @@ def size_bars(sizes: pd.DataFrame, title: str | None = None) -> Figure:
     for y, total in enumerate(totals):
         smaller = totals[0] / total
         factor = f"  ({smaller:.1f}× smaller)" if smaller >= 1 else f"  ({1 / smaller:.2f}× as large)"
-        factor = "" if y == 0 else factor
-        axis.annotate(
-            f"{total / divisor:.4g} {unit}{factor}",
-            (total / divisor, y),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=mpl.rcParams["legend.fontsize"],
-        )
+        text = f"{total / divisor:.4g} {unit}{factor if y else ''}"
+        note(axis, text, (total / divisor, y), (3, 0), va="center")
     axis.set_yticks(range(len(sizes)), sizes["method"])
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.set(xlabel=unit, xlim=(0, totals.max() / divisor * 1.28))
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)
 
 
 def pareto(
@@ -70,27 +61,16 @@ def pareto(
     Points of one method are joined; dashed steps: the best distance to be had at a size; dotted: full precision.
     """
     names = {"size_mib": "size (MiB)", "fd": "FD", **(labels or {})}
-    figure = new_figure(0.62 * mpl.rcParams["figure.figsize"][0] + 0.25)
-    axis = figure.subplots()
+    figure, axis = panel(0.62, 0.25)
     table = results.dropna(subset=[size, quality])
     for method, points in table.groupby("method", sort=False):
         _pareto_method(axis, str(method), points.sort_values(size), size, quality)
     front = table.sort_values(size)
-    axis.step(
-        front[size],
-        front[quality].cummin(),
-        where="post",
-        color="#777777",
-        linewidth=0.7,
-        linestyle=(0, (4, 3)),
-        zorder=1,
-    )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    dashed = {"color": "#777777", "linewidth": 0.7, "linestyle": (0, (4, 3)), "zorder": 1}
+    axis.step(front[size], front[quality].cummin(), where="post", **dashed)
     axis.set(xlabel=names.get(size, size), ylabel=names.get(quality, quality))
-    plain_log_ticks(axis.xaxis)
-    plain_log_ticks(axis.yaxis)
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    log_scale(axis, "x", "y")
+    return legended(figure, title, axis)
 
 
 def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: str) -> None:
@@ -104,4 +84,4 @@ def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: 
     axis.plot(points[size], points[quality], color=color, marker=marker, markersize=big, linewidth=0.9, label=method)
     if "bits" in points:
         for x, y, bits in points[[size, quality, "bits"]].dropna().itertuples(index=False):
-            axis.annotate(f"{bits:g}", (x, y), xytext=(4, 3), textcoords="offset points", color=color, fontsize=6)
+            note(axis, f"{bits:g}", (x, y), (4, 3), color=color, fontsize=6)

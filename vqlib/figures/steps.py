@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker, new_figure
+from vqlib.figures.layout import legended, log_scale, panel
+from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker
 
 LINES = {2: "-", 3: "--", 4: ":"}  # by bits
 
@@ -30,19 +29,17 @@ def steps_frame(table: pd.DataFrame, distance: str) -> pd.DataFrame:
 
 def steps_plot(table: pd.DataFrame, distance: str, title: str | None = None) -> Figure:
     """DDPM steps against the distance above full precision's, a line per method and bits; see `steps_frame`."""
-    figure = new_figure(0.5 * mpl.rcParams["figure.figsize"][0])
-    axis = figure.subplots()
+    figure, axis = panel(0.5)
     frame = steps_frame(table, distance)
     for (method, bits), line in frame.groupby(["method", "bits"], sort=False):
         line = line.sort_values("steps")
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": LINES.get(bits, "-")}
         axis.plot(line["steps"], line["added"], label=f"{method}, {bits} bits", **look)
     if (frame["added"] > 0).all():
-        axis.set_yscale("log")
-        plain_log_ticks(axis.yaxis)
+        log_scale(axis, "y")
     axis.set_xscale("log")
     counts = frame.groupby("steps")["images"].max()
     axis.set_xticks(counts.index, [f"{steps} steps\n{images} images" for steps, images in counts.items()])
     axis.minorticks_off()
     axis.set(ylabel=f"{distance} above full precision's")
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vqlib.figures.layers import KINDS, layer_place
-from vqlib.figures.layout import headed
+from vqlib.figures.layers import kinds_in_order, layer_place
+from vqlib.figures.layout import headed, legended, note, panel
 from vqlib.figures.sizes import SIZE_PARTS
-from vqlib.figures.styles import METHOD_COLORS, new_figure
+from vqlib.figures.styles import METHOD_COLORS
 
 MODE_STYLES = {  # how a model is run -> color and marker; modes are no methods, so they have colors of their own
     "speed mode": ("#0072B2", "s"),
@@ -35,18 +34,16 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
     kinds = pd.Series([layer_place(name)[1] for name in layers["layer"]], index=layers.index)
     weights = layers["shape"].map(lambda shape: np.prod([int(side) for side in shape.split("×")]))
     parts = layers[["codes_bytes", "codebook_bytes"]].assign(weights=weights).groupby(kinds, sort=False).sum()
-    parts = parts.reindex([*[k for k in KINDS.values() if k in parts.index], *parts.index.difference(KINDS.values())])
+    parts = parts.reindex(kinds_in_order(parts.index))
     widths = (parts["weights"] / parts["weights"].sum()).to_numpy()
     left = np.append(0.0, widths.cumsum()[:-1])
     codes, books = (8 * parts[f"{part}_bytes"] / parts["weights"] for part in ("codes", "codebook"))
-    figure = new_figure(0.42 * mpl.rcParams["figure.figsize"][0] + 0.2)
-    axis = figure.subplots()
+    figure, axis = panel(0.42, 0.2)
     shape = {"width": widths, "align": "edge", "edgecolor": "white"}
     axis.bar(left, codes, color=SIZE_PARTS["codes"], label="codes", **shape)
     axis.bar(left, books, bottom=codes, color=SIZE_PARTS["codebooks"], label="codebooks", **shape)
     for middle, bottom, total in zip(left + widths / 2, codes, codes + books, strict=True):
-        small = {"fontsize": mpl.rcParams["legend.fontsize"], "ha": "center", "va": "top", "color": "white"}
-        axis.annotate(f"{total:.2f}", (middle, bottom), (0, -3), textcoords="offset points", **small)
+        note(axis, f"{total:.2f}", (middle, bottom), (0, -3), ha="center", va="top", color="white")
     mean = 8 * parts[["codes_bytes", "codebook_bytes"]].to_numpy().sum() / parts["weights"].sum()
     axis.axhline(mean, color="#333333", linestyle=":", linewidth=1.0, label=f"all layers: {mean:.2f}")
     axis.set_xticks(left + widths / 2, parts.index)
@@ -54,7 +51,7 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
     axis.grid(False, axis="x")
     axis.set(xlim=(0, 1), ylim=(0, 1.12 * float((codes + books).max())), ylabel="bits per weight")
     axis.set_xlabel("bar width: share of all weights")
-    return headed(figure, title, *axis.get_legend_handles_labels())
+    return legended(figure, title, axis)
 
 
 def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full precision") -> Figure:
@@ -67,8 +64,7 @@ def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full 
     modes = [name for name in dict.fromkeys(times["method"]) if name not in (base, FLOOR)]
     if not modes:
         raise ValueError(f"methods {sorted(set(times['method']))} hold nothing to compare with {base!r}")
-    figure = new_figure(0.45 * mpl.rcParams["figure.figsize"][0] + 0.25)
-    axis = figure.subplots()
+    figure, axis = panel(0.45, 0.25)
     rows = times.set_index(["batch", "method"])
     top = max(1.0, times["high"].max())
     for place, batch in enumerate(batches):
@@ -82,8 +78,7 @@ def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full 
             spread = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
             shape = {"fmt": marker, "color": color, "capsize": 2, "elinewidth": 0.9, "zorder": 3}
             axis.errorbar(x, row["ratio"], yerr=np.abs(spread), **shape)
-            small = {"fontsize": mpl.rcParams["legend.fontsize"], "ha": "center", "color": color}
-            axis.annotate(f"{row['ratio']:.2f}", (x, row["high"]), (0, 3), textcoords="offset points", **small)
+            note(axis, f"{row['ratio']:.2f}", (x, row["high"]), (0, 3), ha="center", color=color)
     axis.axhline(1.0, color=METHOD_COLORS["full precision"], linewidth=1.0, zorder=2)
     axis.set_xticks(range(len(batches)), [f"{batch}" for batch in batches])
     axis.set(xlim=(-0.5, len(batches) - 0.5), ylim=(0, 1.12 * top), ylabel=f"time / {base}")

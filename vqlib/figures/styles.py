@@ -29,10 +29,7 @@ class Venue:
     fonts: tuple[str, ...]
 
 
-SERIF = (
-    "STIXGeneral",
-    "DejaVu Serif",
-)  # a Times that comes with matplotlib, so a figure looks the same on every machine
+SERIF = ("STIXGeneral", "DejaVu Serif")  # a Times that comes with matplotlib: the same figure on every machine
 SANS = ("DejaVu Sans",)
 
 VENUES = {  # from each author kit's \textwidth and \columnsep
@@ -116,43 +113,38 @@ def style(venue: str = "notebook", columns: int = 1, fraction: float = 1.0) -> I
 
 def _settings(venue: Venue, width: float) -> dict[str, Any]:
     small = max(6.0, venue.font_size - 1)  # nothing smaller than 6 pt at print size
-    return EMBEDDED | {
-        "figure.figsize": (width, 0.62 * width),
-        "figure.dpi": 150,
-        "font.family": list(venue.fonts),
-        "mathtext.fontset": "stix" if venue.fonts is SERIF else "dejavusans",
-        "font.size": venue.font_size,
-        "axes.titlesize": venue.font_size,
-        "figure.titlesize": venue.font_size,
-        "axes.labelsize": venue.font_size,
-        "xtick.labelsize": small,
-        "ytick.labelsize": small,
-        "legend.fontsize": small,
-        "legend.title_fontsize": small,
-        "legend.frameon": False,
-        "legend.handlelength": 1.8,  # a dashed line shows two dashes
-        "legend.columnspacing": 1.2,
-        "figure.facecolor": "white",  # readable under a dark notebook theme, too
-        "axes.facecolor": "white",
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.unicode_minus": False,  # some PDF viewers cannot search the typographic one
-        "grid.color": "#DDDDDD",
-        "grid.linewidth": 0.4,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 4.0,
-        "patch.linewidth": 0.5,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "xtick.minor.size": 1.5,
-        "ytick.minor.size": 1.5,
-        "axes.labelpad": 2.0,
-    }
+    sizes = dict.fromkeys(("font.size", "axes.titlesize", "figure.titlesize", "axes.labelsize"), venue.font_size)
+    sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), small)
+    widths = dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6)
+    widths |= dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.5)
+    widths |= dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 1.5)
+    return (
+        EMBEDDED
+        | sizes
+        | widths
+        | {
+            "figure.figsize": (width, 0.62 * width),
+            "figure.dpi": 150,
+            "font.family": list(venue.fonts),
+            "mathtext.fontset": "stix" if venue.fonts is SERIF else "dejavusans",
+            "legend.frameon": False,
+            "legend.handlelength": 1.8,  # a dashed line shows two dashes
+            "legend.columnspacing": 1.2,
+            "figure.facecolor": "white",  # readable under a dark notebook theme, too
+            "axes.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.unicode_minus": False,  # some PDF viewers cannot search the typographic one
+            "grid.color": "#DDDDDD",
+            "grid.linewidth": 0.4,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4.0,
+            "patch.linewidth": 0.5,
+            "axes.labelpad": 2.0,
+        }
+    )
 
 
 def new_figure(height: float, constrained: bool = True) -> Figure:
