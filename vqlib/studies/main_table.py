@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from vqlib.evaluation.evaluate import Metrics
-from vqlib.models.pipeline import DATA, Pipeline
+from vqlib.models.pipeline import DATA, Pipeline, load
 from vqlib.studies.bench import METHODS, Bench
 from vqlib.studies.paper_table import export
 from vqlib.studies.table_rows import TABLES, Row, TableConfig
@@ -40,13 +40,14 @@ def make_table(
 ) -> pd.DataFrame:
     """Make every missing row and return the table (see `read_table`).
 
-    workers > 1: as many processes on the CPU, one thread each, which samples faster than one process with that many
-    threads. `pipe`: a pipeline already loaded, for one worker. Raises RuntimeError where a worker failed.
+    pipe: the table's model, already loaded; by default it is loaded, onto the GPU where there is one. workers > 1: as many
+    processes on the CPU, one thread each, which samples faster than one process with that many threads; a GPU has work
+    for one. Raises RuntimeError where a worker failed.
     """
     config = config or TableConfig()
-    if workers > 1:
-        _start_workers(config, Path(folder), workers)
     bench = Bench(config, folder, pipe)
+    if workers > 1 and bench.pipe.device.type == "cpu":
+        _start_workers(config, Path(folder), workers)
     _fill(bench, report)
     return read_table(bench)
 
@@ -102,13 +103,14 @@ def _work() -> None:
     """What a worker does: the job is in its environment, the first worker to come takes the first row."""
     job = json.loads(os.environ.pop(WORKER))
     torch.set_num_threads(1)
-    _fill(Bench(TableConfig().replace(**job["config"]), job["folder"]), lambda line: print(line, flush=True))
+    config = TableConfig().replace(**job["config"])
+    _fill(Bench(config, job["folder"], load(config.model, device="cpu")), lambda line: print(line, flush=True))
 
 
 def main() -> None:
     """Regenerate the bundled model's table with one process a core (one in all on a GPU) and export it."""
     config = TableConfig()
-    workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
     paths = export(make_table(config, workers=workers), config.caption, FOLDER)
     print("\n".join(map(str, paths.values())))
 
