@@ -104,6 +104,22 @@ def test_errors_of_several_methods_are_dots_with_their_median():
     assert bars[0] == 16
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that NumPy cannot read until it is on the CPU."""
+
+    def __array__(self, *_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_codewords_come_from_any_device():
+    arrays = torch.rand(9, 2), torch.rand(3, 2), torch.tensor([4, 5, 0])
+    shown = figures.codewords_plot(*(array.as_subclass(Elsewhere) for array in arrays)).axes[0].collections[0]
+    np.testing.assert_allclose(shown.get_offsets(), arrays[0])
+
+
 def test_codewords_have_their_place_their_use_and_a_cross_when_unused():
     points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     centers = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, 0.5]])

@@ -41,7 +41,11 @@ def test_block_losses_are_the_means_of_the_first_and_the_last_records():
     records = [record(i, losses=(1.0 / i, 2.0 / i)) for i in (1, 2, 4, 8)]
     axis = figures.block_losses(figures.records_frame(records), window=2).axes[0]
     assert [list(line.get_ydata()) for line in axis.lines[:2]] == [[0.75, 1.5], [0.1875, 0.375]]
-    assert [text.get_text() for text in axis.figure.legends[0].texts] == ["VQ4DiT", "first 2 iterations", "last 2 iterations"]
+    assert [text.get_text() for text in axis.figure.legends[0].texts] == [
+        "VQ4DiT",
+        "first 2 iterations",
+        "last 2 iterations",
+    ]
     with pytest.raises(ValueError, match="no block losses"):
         figures.block_losses(pd.DataFrame({"iteration": [1]}))
 
