@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -58,6 +59,7 @@ class Proof:
     def tests(self) -> tuple[pd.DataFrame, list[str]]:
         """Kernels and the whole chain, on CUDA."""
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/cuda", "tests/test_cuda.py"]
+        command += ["-n", "6"] if find_spec("xdist") else []  # most of the time kernels are compiled
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
         print("\n".join(lines) if lines else done.stdout[-2000:] * (done.returncode != 0) + done.stderr[-2000:])
@@ -69,6 +71,7 @@ class Proof:
     def codebooks(self) -> tuple[pd.DataFrame, list[str]]:
         """k-means and error feedback of every layer of DiT-XL/2."""
         self.xl, _ = timed(lambda: seeded_pipeline(Geometry(depth=self.options.blocks), DEVICE))
+        settings = vqlib.recipe("best", timestep_order="sequential", products="tf32")
         vq, layers = vqlib.recipe_vq("best"), dit.quantizable(self.xl.transformer)
         warm = next(iter(layers.values())).weight[:256].reshape(-1, vq.d)
         fit_codebook(warm, vq.k)
@@ -81,7 +84,7 @@ class Proof:
 
         row["k-means s"] = timed(fit)[1]
         passes = sum(len(book.history) for book in books.values()) / len(books)
-        hessians, row["second moments s"] = timed(lambda: vqlib.input_hessians(self.xl, batches=8))
+        hessians, row["second moments s"] = timed(lambda: vqlib.input_hessians(self.xl, settings, batches=8))
         split = {"factors s": 0.0, "candidates s": 0.0, "refit s": 0.0}
         last, columns = None, None
         for name, layer in layers.items():
@@ -116,6 +119,7 @@ class Proof:
                 row = {"recipe": name, "n": vq.candidates, "products": products, "step s": per_step, "floor s": low}
                 row |= {"step / floor": per_step / low, f"{STEPS} steps s": STEPS * per_step, "peak GiB": memory}
                 rows.append(row)
+                print(row, flush=True)
                 if profile is not None:
                     notes += [f"One step of `{name}` in {products}, device time by kernel (ms):", "", profile, ""]
                 run.close()
@@ -215,13 +219,16 @@ class Proof:
         ]
 
 
-STAGES = ("tests", "codebooks", "calibration", "sampling", "tour", "resume")
+STAGES = ("codebooks", "calibration", "sampling", "tour", "resume", "tests")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "stages", nargs="*", default=STAGES, help=f"of {', '.join(STAGES)}; sampling needs calibration before it"
+        "stages",
+        nargs="*",
+        default=STAGES,
+        help=f"of {', '.join(STAGES)}; calibration and sampling need codebooks before them",
     )
     parser.add_argument("--steps", type=int, default=40, help="measured of a calibration")
     parser.add_argument("--images", type=int, default=5000, help="of the tour")

@@ -47,13 +47,15 @@ def _kernels():
 
     found = {}
     search = {"x": FLOAT, "table": FLOAT, "bias": FLOAT, "found": LONG, "k": "i32"}
-    sums = {"x": FLOAT, "codes": LONG, "scales": WIDE, "partial": LONG, "count": "i32", "k": "i32", "tables": "i32"}
+    sums = {"x": FLOAT, "codes": LONG, "largest": FLOAT, "partial": LONG, "count": "i32", "k": "i32", "tables": "i32"}
+    sums |= {"sums": WIDE, "counts": LONG, "free": "i32", "free_square": "i32"}
     soft = {"codewords": FLOAT, "candidates": SHORT, "out": FLOAT, "grad": FLOAT, "partial": FLOAT, "k": "i32"}
     settle = {"logits": FLOAT, "candidates": BYTES, "partial": FLOAT, "counts": INT, "count": "i32", "k": "i32"}
     for d, n, count in ((4, 3, "i64"), (3, 1, "i32"), (16, 2, "i32")):
         values = search | {"n": "i32" if n > 1 else 1, "count": count} | cuda_search.search_sizes(d, n)
         found[f"nearest {d} {n}"] = cuda_search._nearest_kernel, values
         found[f"sums {d}"] = cuda_search._sums_kernel, sums | cuda_search.sums_sizes(d)
+        found[f"total {d}"] = cuda_search._total_kernel, sums | {"LENGTH": d, "WIDTH": 32, "ROWS": 64}
     for d, n, logits, tables, count in ((4, 2, FLOAT, "i32", "i32"), (4, 3, FLOAT, "i32", "i64"), (3, 1, None, 1, 1)):
         values = soft | cuda_soft.soft_sizes(d, n, logits is not None) | {"logits": logits, "grad_logits": logits}
         values |= {"tables": tables, "count": count}

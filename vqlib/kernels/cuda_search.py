@@ -17,6 +17,7 @@ _POINTS = 32  # its points, 8 a thread
 _COORDINATES = 256  # at most, of those points: a thread keeps 64 of them
 _ADDED = 1024  # coordinates that a program adds up
 _PARTIAL_BYTES = 1 << 24  # of all programs' sums: they stay in the second-level cache
+_TABLES = 64  # of those sums that a program adds up at a time
 _FIXED_BITS = 62  # of a sum in int64, one bit short of its sign
 
 
@@ -56,12 +57,25 @@ def _nearest_kernel(
 
 
 @triton.jit
+def _power_of_two(exponent):
+    """2^exponent as float64, exactly; exponents of the normal range."""
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _exponent(largest):
+    """e with |largest| < 2^e."""
+    return (tl.load(largest).to(tl.int32, bitcast=True) >> 23) - 126
+
+
+@triton.jit
 def _sums_kernel(
-    x, codes, scales, partial, count, k, tables, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
+    x, codes, largest, partial, count, k, tables, free, free_square,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Add points, the squares of their norms and their number to one of the sums in `partial` int64 [tables, k, d + 2].
 
-    scales float64 [2]: units of a coordinate and of a squared norm, powers of two.
+    A unit of a coordinate is 2^(e − free), of a squared norm 2^(2e − free_square), with all coordinates below 2^e.
     """
     program = tl.program_id(0).to(tl.int64)
     rows = program * ROWS + tl.arange(0, ROWS)
@@ -72,12 +86,31 @@ def _sums_kernel(
     squares = tl.sum(points * points, axis=1)
     code = tl.load(codes + rows, mask=inside, other=0)
     place = partial + (program % tables * k + code) * (LENGTH + 2)
-    units = tl.floor(points * tl.load(scales) + 0.5).to(tl.int64)
+    exponent = _exponent(largest)
+    units = tl.floor(points * _power_of_two(free - exponent) + 0.5).to(tl.int64)
     tl.atomic_add(place[:, None] + columns, units, mask=within, sem="relaxed")
-    tl.atomic_add(
-        place + LENGTH, tl.floor(squares * tl.load(scales + 1) + 0.5).to(tl.int64), mask=inside, sem="relaxed"
-    )
+    square_units = tl.floor(squares * _power_of_two(free_square - 2 * exponent) + 0.5).to(tl.int64)
+    tl.atomic_add(place + LENGTH, square_units, mask=inside, sem="relaxed")
     tl.atomic_add(place + LENGTH + 1, tl.full([ROWS], 1, tl.int64), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _total_kernel(
+    partial, largest, sums, counts, k, tables, free, free_square,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A codeword's sums over all tables: float64 [k, d + 1], coordinates and squared norms; int64 [k]."""
+    code = tl.program_id(0).to(tl.int64)
+    columns, lines = tl.arange(0, WIDTH), tl.arange(0, ROWS)[:, None]
+    total = tl.zeros([WIDTH], tl.int64)
+    for first in range(0, tables, ROWS):
+        within = (first + lines < tables) & (columns[None, :] < LENGTH + 2)
+        place = partial + ((first + lines).to(tl.int64) * k + code) * (LENGTH + 2) + columns[None, :]
+        total += tl.sum(tl.load(place, mask=within, other=0), axis=0)
+    exponent = _exponent(largest)
+    unit = tl.where(columns < LENGTH, exponent - free, 2 * exponent - free_square)
+    tl.store(sums + code * (LENGTH + 1) + columns, total.to(tl.float64) * _power_of_two(unit), mask=columns <= LENGTH)
+    tl.store(counts + code + columns * 0, total, mask=columns == LENGTH + 1)
 
 
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
@@ -118,14 +151,16 @@ def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
     that rounds each to 2⁻³⁸ of the largest, where float32 itself rounds to 2⁻²⁴ of every value.
     """
     (count, d), k, sizes = x.shape, len(codewords), sums_sizes(x.shape[1])
-    codes = assign(x, codewords)
-    exponent = torch.frexp(x.abs().amax() if count else x.new_zeros(())).exponent  # |x| < 2^exponent
+    codes, x = assign(x, codewords), x.contiguous()
+    largest = torch.linalg.vector_norm(x, float("inf")) if count else x.new_zeros(())
     free = _FIXED_BITS - max(1, count).bit_length()
-    powers = torch.stack([free - exponent, free - d.bit_length() - 2 * exponent])
-    scales = torch.ldexp(torch.ones(2, dtype=torch.float64, device=x.device), powers)
     programs = triton.cdiv(count, sizes["ROWS"])
     tables = max(1, min(programs, _PARTIAL_BYTES // (8 * k * (d + 2))))
     partial = torch.zeros(tables, k, d + 2, dtype=torch.int64, device=x.device)
-    launch(_sums_kernel, programs, x.contiguous(), codes, scales, partial, count, k, tables, **sizes)
-    total = partial.sum(dim=0)  # [tables, k, d + 2] -> [k, d + 2]
-    return ClusterSums(total[:, :d] / scales[0], total[:, d + 1], total[:, d] / scales[1])
+    bits = free, free - d.bit_length()
+    launch(_sums_kernel, programs, x, codes, largest, partial, count, k, tables, *bits, **sizes)
+    sums = torch.empty(k, d + 1, dtype=torch.float64, device=x.device)
+    counts = torch.empty(k, dtype=torch.int64, device=x.device)
+    width = triton.next_power_of_2(d + 2)
+    launch(_total_kernel, k, partial, largest, sums, counts, k, tables, *bits, LENGTH=d, WIDTH=width, ROWS=_TABLES)
+    return ClusterSums(sums[:, :d], counts, sums[:, d])

@@ -28,6 +28,13 @@ class ClusterSums(NamedTuple):
     counts: Tensor  # [k] number of points assigned
     squares: Tensor  # [k] sum of the squared norms of the points assigned
 
+    def cpu(self) -> ClusterSums:
+        """The same on the CPU, read in one copy."""
+        if self.sums.device.type == "cpu":
+            return self
+        read = torch.cat([self.sums, self.counts[:, None].double(), self.squares[:, None]], dim=1).cpu()
+        return ClusterSums(read[:, :-2], read[:, -2].long(), read[:, -1])
+
 
 class RatioStatistics(NamedTuple):
     """Summary of one layer's candidate ratios before those above the threshold were frozen."""

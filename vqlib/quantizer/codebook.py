@@ -15,6 +15,7 @@ from torch import Tensor
 from vqlib import kernels
 from vqlib.kernels import ClusterSums
 from vqlib.system.files import write_tensors
+from vqlib.system.memory import sent
 
 STARTS = ("distinct", "kmeans++", "random")
 _RELAXATION = 0.8  # step of an early iteration beyond the mean, as a share of the move to the mean
@@ -157,11 +158,11 @@ def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> t
     steps are plain, so the result is a fixed point of Lloyd's iteration within `tolerance`.
     """
     history: list[float] = []
-    relaxation, means = _RELAXATION, codewords
+    relaxation, codewords = _RELAXATION, codewords.cpu()  # a pass over x is the device's, what follows from it is small
+    means = codewords
     for step in range(iterations + 1):
-        sums = kernels.cluster_sums(x, codewords)
-        total, empty = torch.stack([_cluster_errors(sums, codewords).sum(), (sums.counts == 0).sum().double()]).tolist()
-        error = max(0.0, total) / x.numel()  # read in one copy, the only time that a pass waits for its device
+        sums = kernels.cluster_sums(x, sent(codewords, x.device)).cpu()  # the only time that a pass waits
+        error = max(0.0, _cluster_errors(sums, codewords).sum().item()) / x.numel()
         if history and error > history[-1]:
             if relaxation == 0.0:
                 break  # only rounding can raise the error of a plain step
@@ -170,16 +171,25 @@ def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> t
         stalled = bool(history) and history[-1] - error <= tolerance * history[-1]
         history.append(error)
         accepted = codewords, sums
-        if stalled and relaxation == 0.0 and not empty:
+        if stalled and relaxation == 0.0 and bool((sums.counts > 0).all()):
             break
         if stalled or step >= iterations - 2:
             relaxation = 0.0
-        means = (sums.sums / sums.counts.clamp(min=1)[:, None]).float()
-        if empty:  # takes the farthest point of one of the worst clusters
-            _split_worst(x, means, kernels.assign(x, codewords), (sums.counts == 0).nonzero()[:, 0])
+        means = _means(x, sums, codewords)
         moved = (sums.counts > 0)[:, None]  # a repaired codeword stays on the point it took
         codewords = torch.where(moved, means + relaxation * (means - codewords), means)
-    return *accepted, history
+    codewords, sums = accepted
+    return codewords.to(x.device), sums, history
+
+
+def _means(x: Tensor, sums: ClusterSums, codewords: Tensor) -> Tensor:
+    """Mean of every cluster; an empty one takes the farthest point of one of the worst clusters."""
+    means = (sums.sums / sums.counts.clamp(min=1)[:, None]).float()
+    empty = (sums.counts == 0).nonzero()[:, 0]
+    if len(empty):
+        means = means.to(x.device)
+        _split_worst(x, means, kernels.assign(x, codewords.to(x.device)), empty)
+    return means.cpu()
 
 
 def _split_worst(x: Tensor, codewords: Tensor, assignments: Tensor, empty: Tensor) -> Tensor:
