@@ -52,6 +52,27 @@ def test_estimate_needs_no_weights_and_prints_sizes_and_the_quoted_figure(tmp_pa
     assert out.startswith("1152 on cpu") and "2553.35 -> 162.08 MiB" in out and "FID 12.42 with 10000 images" in out
 
 
+@pytest.mark.parametrize(
+    "given, expected", [([], "cuda"), (["--device", "cpu"], "cpu"), (["--device", "cuda:1"], "cuda:1")]
+)
+@pytest.mark.parametrize("command", ["quantize", "calibrate", "sample", "evaluate", "table", "estimate"])
+def test_every_command_uses_a_gpu_where_there_is_one_or_the_device_it_is_given(
+    tmp_path, monkeypatch, command, given, expected
+):
+    class Loaded(Exception):
+        pass
+
+    def load(name, vae, device):
+        raise Loaded(str(device))
+
+    monkeypatch.setattr(shell.models, "load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(Loaded, match=f"^{expected}$"):
+        preset = ["--preset", "dit-mini-fashion-w2", "--model", "dit-mini-fashion"]
+        shell.main([command, *preset, "--out", str(tmp_path), *given])
+
+
 def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(shell, "measure", lambda *a, **o: seen.append(a) or Row())

@@ -10,6 +10,8 @@ import tiny
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+DEVICE = 'device = "auto"  # the GPU where there is one; or cpu, cuda:1'
+MADE_BY_HAND = r"\btorch\.(tensor|as_tensor|zeros|ones|full|empty|arange|linspace|eye|rand|randn)\("
 
 
 def test_the_table_of_contents_lists_exactly_the_notebooks():
@@ -28,6 +30,29 @@ def test_notebook_runs_with_small_parameters(path, tmp_path, monkeypatch):
     views = [i for i, kind in enumerate(kinds) if "application/vnd.jupyter.widget-view+json" in kind]
     assert any("image/png" in kind for kind in kinds)
     assert bool(views) is has_views and all("image/png" in kinds[i - 1] for i in views)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_works_on_the_device_it_is_given(path, tmp_path, monkeypatch):
+    """A GPU by itself, or the one named: with one that is not here it stops before anything is computed on the CPU."""
+    notebook = nbformat.read(path, as_version=4)
+    assert DEVICE in parameters_cell(notebook).source.splitlines()
+    cells = [cell.source.removeprefix("%matplotlib inline\n") for cell in notebook.cells if cell.cell_type == "code"]
+    code = "\n".join(cells)
+    for call in ("load", "load_transformer", "evaluate"):
+        for given in re.findall(rf"\bvqlib\.{call}\(([^()]*)\)", code):
+            assert "device" in given or given == "damaged", f"vqlib.{call}({given})"
+    for line in code.splitlines():
+        assert "device" in line or not re.search(MADE_BY_HAND, line), f"on the CPU beside a GPU: {line}"
+    monkeypatch.setenv("FASHION_MNIST", str(tiny.fashion_mnist(tmp_path / "fashion-mnist")))
+    monkeypatch.chdir(FOLDER)
+    for name in ("models.pipeline._load_folder", "bundled.training.train"):
+        monkeypatch.setattr(f"vqlib.{name}", lambda *_, **__: pytest.fail("on another device than the one given"))
+    names = {"__name__": "notebook"}
+    with pytest.raises(ValueError, match="device 'cuda:77' is not here"):
+        for source in cells:
+            exec(source, names)
+            names["device"] = "cuda:77" if DEVICE in source else names["device"]
 
 
 def execute(path, folder, monkeypatch):

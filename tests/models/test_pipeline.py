@@ -152,6 +152,14 @@ def test_parts_that_do_not_fit_each_other_are_refused_however_they_come(folder):
     assert pipe.with_transformer(torch.nn.DataParallel(tiny.transformer())).latent_shape == (4, 8, 8)
 
 
+def test_another_transformer_goes_where_the_pipeline_is(folder):
+    elsewhere = vqlib.load(folder).to("meta")
+    model = tiny.transformer().train()
+    pipe = elsewhere.with_transformer(model)
+    assert pipe.device.type == "meta" and pipe.transformer is model and not model.training
+    assert replace(elsewhere, vae=None).to("meta").vae is None
+
+
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "ema"])
 @pytest.mark.parametrize("shards", ["", "-00001-of-00001"])
 def test_a_folder_of_one_variant_alone_is_widened(folder, tmp_path, variant, shards):

@@ -27,6 +27,15 @@ def test_the_first_call_is_the_yardstick_and_turns_are_taken():
         compare({}, rounds=3)
 
 
+def test_a_time_ends_when_every_gpu_in_use_is_done(monkeypatch):
+    waited = []
+    gpus = {"is_initialized": lambda: True, "device_count": lambda: 3, "memory_allocated": lambda i: (0, 512, 9)[i]}
+    for name, answer in (gpus | {"synchronize": waited.append}).items():
+        monkeypatch.setattr(timing.torch.cuda, name, answer)
+    compare({"a": lambda: waited.append("a")}, rounds=1)
+    assert waited == ["a", 1, 2, "a", 1, 2]  # the call that does not count is waited for, too
+
+
 def test_products_are_those_of_the_forward(monkeypatch):
     model, shapes = pack(tiny_dit()), []
     repeat = products(model, lambda: forward(model))

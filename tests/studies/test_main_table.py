@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -113,6 +114,15 @@ def test_two_workers_fill_one_table(tmp_path):
     lines = []
     table = make_table(config, tmp_path, workers=2, report=lines.append)
     assert table["steps"].tolist() == [1, 2] and not lines  # nothing was left for this process
+
+
+def test_a_gpu_has_one_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_table, "_start_workers", lambda *_: pytest.fail("processes beside the GPU's"))
+    monkeypatch.setattr(main_table, "_fill", lambda *_: None)
+    monkeypatch.setattr(main_table, "read_table", lambda bench: bench.pipe.device.type)
+    monkeypatch.setattr(main_table, "Bench", lambda config, folder, pipe: SimpleNamespace(pipe=pipe))
+    pipe = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert make_table(SMALL, tmp_path, workers=2, pipe=pipe) == "cuda"
 
 
 def test_a_worker_that_fails_is_reported(tmp_path, monkeypatch):
