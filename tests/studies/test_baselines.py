@@ -15,9 +15,8 @@ from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
-from vqlib.studies.baselines.baseline import Moments, full_precision, packed, uniform
-from vqlib.studies.baselines.gptq import GPTQ
-from vqlib.studies.baselines.grid import fit_grid
+from vqlib.studies.baselines.baseline import FullPrecision, Moments, packed, uniform
+from vqlib.studies.baselines.gptq import GPTQ, fit_grid
 
 
 def weighted_error(difference, hessian):
@@ -230,9 +229,9 @@ def test_error_feedback_keeps_a_shared_codebook_shared(pipe, hessians):
 
 
 def test_sizes_count_everything_that_is_stored(pipe, hessians):
-    whole = full_precision(pipe.transformer)  # random float32 weights are not exact in float16
+    whole = FullPrecision().build(pipe)  # random float32 weights are not exact in float16
     assert whole.bits_per_weight == 32
-    half = full_precision(tiny.transformer().half().float().requires_grad_(False))
+    half = FullPrecision().build(pipe.with_transformer(tiny.transformer().half().float().requires_grad_(False)))
     assert half.bits_per_weight == 16 and half.size_bytes == pytest.approx(whole.size_bytes / 2, rel=0.01)
     weights = sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
     found = GPTQ(4, None, MOMENTS).build(pipe)

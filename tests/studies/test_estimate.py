@@ -42,7 +42,7 @@ def test_the_disk_is_that_of_a_real_run(estimated, tmp_path):
     assert estimated.disk["calibration"] == pytest.approx(2 * state + file.stat().st_size, rel=0.3)
 
 
-class Steps:
+class Probe:
     """A probe of known seconds in place of a measured one."""
 
     seconds, checkpoint, teacher, state, optimizer = 2.0, 0.5, 0.25, 1000, 100
@@ -53,7 +53,7 @@ class Steps:
 
 def test_seconds_are_those_of_the_probe_times_the_work(monkeypatch):
     """Two blocks of two are probed; every timed call takes 3 s, so the sums can be made by hand."""
-    monkeypatch.setattr(module, "_Steps", Steps)
+    monkeypatch.setattr(module, "_Probe", Probe)
     monkeypatch.setattr(module, "_timed", lambda call, device: (3.0, call()))
     job = JOB.with_settings({"calibration.checkpoint_every": 4, "sampling.batch_size": 4, "images": 8})
     found = estimate(tiny.pipeline(), job).seconds

@@ -1,9 +1,10 @@
+import dataclasses
 import json
 import math
 
 import pytest
 
-from vqlib.config import CalibrationConfig
+from vqlib.config import RECIPES, CalibrationConfig
 from vqlib.models import pipeline
 from vqlib.models.geometry import Geometry
 from vqlib.studies.presets import PRESETS, preset
@@ -30,6 +31,22 @@ def test_quoted_figures_come_with_their_source_and_unknown_ones_stay_unknown():
     assert quoted["fid"] == 12.42 and quoted["mark"] == "third-party" and math.isnan(quoted["timesteps"])
     assert preset("dit-xl-2-512-w2").quoted["fid"] == 35.08
     assert preset("dit-xl-2-256-w3").quoted is None and preset("dit-mini-fashion-w2").quoted is None
+
+
+def test_the_figure_expected_is_the_readmes_and_goes_with_its_settings():
+    readme = (pipeline.DATA.parent / "README.md").read_text()
+    for name, row in (
+        ("paper", "| 2 | VQ4DiT, recipe `paper` (n = 3) |"),
+        ("best", "| 2 | VQ4DiT, recipe `best` (n = 2) |"),
+    ):
+        job = preset("dit-mini-fashion-w2")
+        job = dataclasses.replace(job, vq=RECIPES[name].vq, calibration=RECIPES[name].calibration)
+        line = next(line for line in readme.splitlines() if line.startswith(row))
+        assert f"FD-5k (fashion) {line.split('|')[4].strip()}," in job.expected
+    assert preset("dit-mini-fashion-w2").expected == RECIPES["paper"].expected
+    changed = preset("dit-mini-fashion-w2").with_settings({"calibration.iterations": 20})
+    others = [changed, preset("dit-mini-fashion-w3"), preset("dit-xl-2-256-w2")]
+    assert [job.expected for job in others] == [""] * 3
 
 
 def test_the_bundled_preset_has_the_bundled_geometry():

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from vqlib.models import dit
-from vqlib.studies.baselines.grid import fit_grid
+from vqlib.studies.baselines.gptq import fit_grid
 from vqlib.studies.baselines.round_to_nearest import RoundToNearest
 
 

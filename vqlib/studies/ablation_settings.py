@@ -49,11 +49,9 @@ def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
 
 
 def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
-    for n in (1, 2):
-        nearest = BEST.codes(vq, candidates=n, assignment="nearest", ratio_start="least-squares")
-        yield Setting("best: assignments", f"nearest, n = {n}", nearest, BEST.run(base))
-    for n in (1, 2):
-        yield Setting("best: assignments", f"feedback, n = {n}", BEST.codes(vq, candidates=n), BEST.run(base))
+    for name, how in {"nearest": {"assignment": "nearest", "ratio_start": "least-squares"}, "feedback": {}}.items():
+        for n in (1, 2):
+            yield Setting("best: assignments", f"{name}, n = {n}", BEST.codes(vq, candidates=n, **how), BEST.run(base))
     for start in RATIO_STARTS:
         yield Setting("best: ratio start", start, BEST.codes(vq, ratio_start=start), BEST.run(base))
     hardening = {
@@ -100,10 +98,6 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         for shape in (alone, three):
             changed = base.replace(iterations=iterations)
             yield Setting("steps, one codebook", f"n = {shape.candidates}, {iterations}", shape, changed)
-    trained = {
-        "all": {},
-        "no biases": {"train_biases": False},
-        "biases alone": {"train_codebooks": "never"},
-    }
+    trained = {"all": {}, "no biases": {"train_biases": False}, "biases alone": {"train_codebooks": "never"}}
     for name, changes in trained.items():
         yield Setting("trained at n = 1, one codebook", name, alone, base.replace(**changes))

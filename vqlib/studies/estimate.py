@@ -36,7 +36,7 @@ from vqlib.studies.presets import Preset, preset
 
 GIB = 2**30
 PROBE_WEIGHTS = 30e6  # of the blocks tried; one block of DiT-XL/2 has 24 million
-PROBE_STEPS = 4  # of calibration; the first warms up
+PROBE_ITERATIONS = 4  # of calibration; the first warms up
 PROBE_FLOPS = {"cpu": 3e11, "cuda": 3e13}  # of one timed forward pass
 # Tensors [rows, tokens, hidden] at once, one of the MLP counted as four: in a block's graph, in a forward pass.
 IN_GRAPH, IN_FORWARD = 34, 12
@@ -89,7 +89,7 @@ def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.devic
     probe = _first_blocks(pipe, geometry, device)
     hessians, moments = _moments(probe, job, device)
     fit, student = _timed(lambda: quantize(probe.transformer, job.vq, hessians=hessians), device)
-    run = _Steps(probe, student, job.calibration)
+    run = _Probe(probe, student, job.calibration)
     calibration = run.seconds * job.calibration.iterations + run.checkpoint * _checkpoints(job.calibration)
     calibration += _moves(job.calibration) * run.teacher
     sampling = _sampling(probe.with_transformer(harden(student)), job, device) if job.images else 0.0
@@ -102,23 +102,24 @@ def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.devic
     return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run), disk)
 
 
-class _Steps:
-    """A few steps of the probe: seconds of a step, a checkpoint, a teacher forward; bytes of what a run holds."""
+class _Probe:
+    """A few iterations of the first blocks: seconds of one, of a checkpoint, a teacher forward; bytes of what a run holds."""
 
     def __init__(self, probe: Pipeline, student: nn.Module, config: CalibrationConfig) -> None:
-        short = config.replace(iterations=PROBE_STEPS, inputs="noise", checkpoint_every=0)
+        short = config.replace(iterations=PROBE_ITERATIONS, inputs="noise", checkpoint_every=0)
         device = probe.device
         with tempfile.TemporaryDirectory() as folder:
             run = Calibration(probe, student, short, folder)
-            records = [next(run) for _ in range(PROBE_STEPS - 1)]
+            records = [next(run) for _ in range(PROBE_ITERATIONS - 1)]
             whole, last = _timed(lambda: (next(run), run.close())[0], device)
-            self.seconds = sorted(record.seconds for record in [*records[1:], last])[(PROBE_STEPS - 1) // 2]
+            self.seconds = sorted(record.seconds for record in [*records[1:], last])[(PROBE_ITERATIONS - 1) // 2]
             self.checkpoint = max(0.0, whole - last.seconds)
             self.state = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         self.optimizer = sum(t.numel() * t.element_size() for one in run.optimizers() for t in one.state().values())
         inputs = Trajectory(probe, short).inputs()
-        call = lambda: dit.forward(probe.transformer, inputs.x, inputs.timestep, inputs.labels)  # noqa: E731
-        self.teacher = min(_timed(call, device)[0] for _ in range(2))
+        self.teacher = _fastest(
+            partial(dit.forward, probe.transformer, inputs.x, inputs.timestep, inputs.labels), device, 2
+        )
 
 
 def _moments(probe: Pipeline, job: Preset, device: torch.device) -> tuple[dict[str, torch.Tensor] | None, float]:
@@ -138,7 +139,7 @@ def _compile(vq: VQConfig, device: torch.device) -> None:
     single = CalibrationConfig(batch_size=1)
     hessians = input_hessians(probe, single, 1) if vq.assignment == "error-feedback" else None
     student = quantize(probe.transformer, vq, hessians=hessians)
-    _Steps(probe, student, single)
+    _Probe(probe, student, single)
     dit.forward(harden(student), *_inputs(probe, 2))
 
 
@@ -169,8 +170,7 @@ def _sampling(packed: Pipeline, job: Preset, device: torch.device) -> float:
     tried = min(rows, max(4, int(affordable)))
     inputs = _inputs(packed, tried)
     with torch.inference_mode():
-        call = lambda: dit.forward(packed.transformer, *inputs)  # noqa: E731
-        seconds = min(_timed(call, device)[0] for _ in range(3))
+        seconds = _fastest(partial(dit.forward, packed.transformer, *inputs), device, 3)
     return seconds / tried * guided * job.images * job.sampling.steps
 
 
@@ -185,10 +185,10 @@ def _image_bytes(pipe: Pipeline | None, geometry: Geometry) -> int:
 def _decoding(pipe: Pipeline, job: Preset, device: torch.device) -> float:
     """Seconds to decode all images, from one decoding of as many as are decoded at once."""
     latents = torch.zeros(DECODED_AT_ONCE, *pipe.latent_shape, device=device)
-    return min(_timed(lambda: pipe.decode(latents), device)[0] for _ in range(2)) * job.images / DECODED_AT_ONCE
+    return _fastest(partial(pipe.decode, latents), device, 2) * job.images / DECODED_AT_ONCE
 
 
-def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run: _Steps) -> dict[str, int]:
+def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run: _Probe) -> dict[str, int]:
     """Bytes at the peak of each stage, from what the blocks of the probe hold."""
     soft = [layer for layer in student.modules() if isinstance(layer, CandidateLinear)]
     tried = len(dit.block_list(student))
@@ -202,15 +202,13 @@ def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run:
     graph = graphs * (IN_GRAPH * rows * row + layers + 3 * 4 * geometry.block_weights)
     on_cpu = soft[0].candidates.device.type == "cpu"
     snapshot = depth * run.state // tried if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
-    return {
-        "codebooks": held
-        + rest
-        + depth * layers
-        + largest * 8 * (job.vq.candidates + 4)
-        + _moments_memory(geometry, job.vq),
-        "calibration": held + rest + depth * (layers + optimizer) + graph + snapshot,
-        "sampling": held + rest + _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
+    search = largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq)
+    parts = {
+        "codebooks": depth * layers + search,
+        "calibration": depth * (layers + optimizer) + graph + snapshot,
+        "sampling": _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
     }
+    return {stage: held + rest + own for stage, own in parts.items()}
 
 
 def _moments_memory(geometry: Geometry, vq: VQConfig) -> int:
@@ -248,6 +246,10 @@ def _timed(call: Callable, device: torch.device) -> tuple[float, object]:
     result = call()
     wait()
     return time.perf_counter() - started, result
+
+
+def _fastest(call: Callable, device: torch.device, times: int) -> float:
+    return min(_timed(call, device)[0] for _ in range(times))
 
 
 def _held(device: torch.device) -> int:

@@ -69,9 +69,8 @@ class VectorQuantized:
             object.__setattr__(self, "moments", Moments(self.calibration or CalibrationConfig(seed=self.seed)))
 
     def build(self, pipe: Pipeline, folder: Path) -> Baseline:
-        made = packed(packed_model(pipe, self.vq, self.calibration, folder, self.seed, self.moments))
-        seconds = sum(r.seconds for r in read_records(folder / "calibration")) if self.calibration else 0.0
-        return Baseline(made.model, made.bits_per_weight, made.size_bytes, seconds)
+        model = packed_model(pipe, self.vq, self.calibration, folder, self.seed, self.moments)
+        return packed(model, sum(r.seconds for r in read_records(folder / "calibration")) if self.calibration else 0.0)
 
 
 class Experiments:
@@ -97,10 +96,10 @@ class Experiments:
 
         def row(unfinished: Path) -> dict:
             start, made = time.monotonic(), self.build(method)
-            metrics = _measured(self.pipe, made.model, conditions, self.reference, unfinished)
-            found = {"metrics": metrics.to_dict(), "minutes": (time.monotonic() - start) / 60}
-            found |= {"bits_per_weight": made.bits_per_weight, "size_bytes": made.size_bytes}
-            return found | {"calibration_minutes": made.seconds / 60}
+            metrics = _measured(self.pipe, made.model, conditions, self.reference, unfinished).to_dict()
+            minutes = {"minutes": (time.monotonic() - start) / 60, "calibration_minutes": made.seconds / 60}
+            sizes = {"bits_per_weight": made.bits_per_weight, "size_bytes": made.size_bytes}
+            return {"metrics": metrics} | minutes | sizes
 
         return self.rows.make(row, *made_of, wait=wait)
 
@@ -125,13 +124,9 @@ def measure(
     """
     shared = _shared(pipe, reference)
     conditions = Conditions(images, sampling or SamplingConfig(), **shared, bootstrap=bootstrap, first_seed=first_seed)
-    rows, made_of = Rows(Path(folder)), (fingerprint(model), conditions)
-
-    def row(unfinished: Path) -> dict:
-        return {"metrics": _measured(pipe, model, conditions, reference, unfinished, extractor, progress).to_dict()}
-
-    rows.make(row, *made_of, wait=True)
-    return Metrics.from_dict(rows.read(*made_of)["metrics"])
+    rows, made_of, how = Rows(Path(folder)), (fingerprint(model), conditions), (extractor, progress)
+    rows.make(lambda kept: _measured(pipe, model, conditions, reference, kept, *how).to_dict(), *made_of, wait=True)
+    return Metrics.from_dict(rows.read(*made_of))
 
 
 def reference_fingerprint(reference: Reference) -> str:
@@ -171,14 +166,14 @@ def sampled_batches(
 ) -> Iterator[Tensor]:
     """`sample_batches` with every batch kept in `folder`: what is there, without a gap, is not sampled again."""
     done = 0
-    while done < len(labels) and (found := _read_batch(_batch(folder, done))) is not None:
+    while done < len(labels) and (found := _kept_batch(folder, done)) is not None:
         yield found
         done += len(found)
     first, start = done, time.monotonic()
     if done == len(labels):
         return
     for batch in sample_batches(pipe, labels[done:], seeds[done:], sampling):
-        write_tensors(_batch(folder, done), {"images": batch})
+        write_tensors(folder / f"{done:07}.safetensors", {"images": batch})
         done += len(batch)
         if progress is not None:
             progress(done - first, len(labels) - first, time.monotonic() - start)
@@ -211,10 +206,8 @@ def packed_model(
             return _loaded(target, about).to(pipe.device)
         hessians = input_hessians(pipe, moments.inputs, moments.batches) if moments else None
         student = quantize(pipe.transformer, vq, seed, hessians=hessians)
-        if settings is None:
-            packed = harden(student)
-        else:
-            packed = calibrate(pipe, student, settings, out=target.parent / "calibration").finish()
+        out = target.parent / "calibration"
+        packed = calibrate(pipe, student, settings, out=out).finish() if settings else harden(student)
         save(packed, target, provenance=about)
         return packed
 
@@ -228,19 +221,14 @@ def _loaded(target: Path, about: dict) -> nn.Module:
     packed = load_transformer(target)
     found = packed.hf_quantizer.quantization_config.provenance
     for key, wanted in json.loads(json.dumps(about)).items():
-        if key != "source" and found.get(key) != wanted:  # the same weights may go by another name or path
-            made = found.get(key)
+        if key != "source" and (made := found.get(key)) != wanted:  # the same weights may go by another name or path
             raise RuntimeError(f"{target} was made with {key}={made}, now {key}={wanted}; give another folder")
     return packed
 
 
-def _batch(folder: Path, first: int) -> Path:
-    return folder / f"{first:07}.safetensors"
-
-
-def _read_batch(path: Path) -> Tensor | None:
+def _kept_batch(folder: Path, first: int) -> Tensor | None:
     """A kept batch [b, C, H, W]; None where there is none or it is damaged."""
     try:
-        return load_file(path)["images"]
+        return load_file(folder / f"{first:07}.safetensors")["images"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None

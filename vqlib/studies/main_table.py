@@ -56,8 +56,7 @@ def read_table(bench: Bench) -> pd.DataFrame:
     """The finished rows in the table's order, every condition and figure a column; missing rows are left out."""
     rows = []
     for row in bench.config.rows():
-        found = bench.finished(row)
-        if found is None:
+        if (found := bench.finished(row)) is None:
             continue
         metrics = Metrics.from_dict(found["metrics"])
         conditions = {"method": row.method, "bits": row.bits, "bits per weight": found["bits_per_weight"]}

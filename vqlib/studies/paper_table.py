@@ -92,12 +92,11 @@ def title(distance: str, run: pd.Series) -> str:
 
 
 def _with_quoted(frame: pd.DataFrame, group: pd.Series, quoted: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    measured = {(row.method, None if row.method == FULL_PRECISION else row.bits) for row in frame.itertuples()}
     keys = {(name, None if name == FULL_PRECISION else bits): cells for (name, bits), cells in quoted.iterrows()}
-    only = [{"method": f"{name} {MARK}", "bits": bits} for (name, bits) in keys if (name, bits) not in measured]
     places = [(row.method, None if row.method == FULL_PRECISION else row.bits) for row in frame.itertuples()]
-    places += [key for key in keys if key not in measured]
-    frame = pd.concat([frame, pd.DataFrame(only)], ignore_index=True) if only else frame
+    others = [key for key in keys if key not in places]
+    only = pd.DataFrame([{"method": f"{name} {MARK}", "bits": bits} for name, bits in others])
+    places, frame = places + others, pd.concat([frame, only], ignore_index=True) if others else frame
     for column in quoted:
         cells = [keys[place][column] if place in keys else None for place in places]
         frame[column] = [None if pd.isna(cell) else cell for cell in cells]

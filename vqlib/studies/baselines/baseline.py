@@ -42,24 +42,18 @@ class Moments:
 
 @dataclass(frozen=True)
 class FullPrecision:
-    """The model as it is."""
+    """The model as it is: 16 bits where float16 holds every weight exactly, else 32."""
 
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
-        """16 bits where float16 holds every weight exactly, else 32."""
-        return full_precision(pipe.transformer)
+        weights = [layer.weight for layer in dit.quantizable(pipe.transformer).values()]
+        bits = 16 if all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights) else 32
+        return Baseline(pipe.transformer, float(bits), _bytes(pipe.transformer, f"float{bits}"))
 
 
-def full_precision(transformer: nn.Module) -> Baseline:
-    """The model as it is: 16 bits where float16 holds every weight exactly, else 32."""
-    weights = [layer.weight for layer in dit.quantizable(transformer).values()]
-    exact = all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights)
-    return Baseline(transformer, 16.0 if exact else 32.0, _bytes(transformer, "float16" if exact else "float32"))
-
-
-def packed(model: nn.Module) -> Baseline:
+def packed(model: nn.Module, seconds: float = 0.0) -> Baseline:
     """A transformer of `VQLinear` layers, counted as its checkpoint stores it."""
     sizes = size_report(model).attrs
-    return Baseline(model, sizes["bits_per_weight"], sizes["tensor_bytes"])
+    return Baseline(model, sizes["bits_per_weight"], sizes["tensor_bytes"], seconds)
 
 
 def uniform(
