@@ -19,7 +19,7 @@ from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
-from vqlib.evaluation.extractors import Progress, print_progress
+from vqlib.evaluation.extractors import Extractor, Progress, print_progress
 from vqlib.evaluation.references import Reference, load_reference, resolve
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
@@ -110,18 +110,21 @@ def measure(
     folder: str | Path,
     sampling: SamplingConfig | None = None,
     reference: str | Path = "fashion-mnist-test",
+    extractor: Extractor | None = None,
     progress: bool | Progress = False,
     bootstrap: int = 0,
 ) -> Metrics:
     """Metrics of `images` samples of `model`, classes in turn, image i with seed i.
 
     The row in `folder` is found by the contents of model, VAE and reference and by all conditions: it is not computed
-    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `progress` is
-    told the images still to sample.
+    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`:
+    its own unless one is given; `progress` is told the images still to sample.
     """
     how = Conditions(images, sampling or SamplingConfig(), **_shared(pipe, reference), bootstrap=bootstrap)
     rows, made_of = Rows(Path(folder)), (fingerprint(model), how)
-    rows.make(lambda kept: _measured(pipe, model, how, reference, kept, progress).to_dict(), *made_of, wait=True)
+    rows.make(
+        lambda kept: _measured(pipe, model, how, reference, kept, extractor, progress).to_dict(), *made_of, wait=True
+    )
     return Metrics.from_dict(rows.read(*made_of))
 
 
@@ -142,9 +145,10 @@ def _measured(
     how: Conditions,
     reference: str | Path,
     unfinished: Path,
+    extractor: Extractor | None = None,
     progress: bool | Progress = False,
 ) -> Metrics:
-    real, extractor = resolve(reference, None, cache=CACHE, device=pipe.device)
+    real, extractor = resolve(reference, extractor, cache=CACHE, device=pipe.device)
     labels, report = class_labels(pipe, how.images), print_progress if progress is True else progress or None
     generated = sampled_batches(
         pipe.with_transformer(model), labels, range(how.images), how.sampling, unfinished, report
