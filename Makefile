@@ -28,8 +28,9 @@ test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of th
 	$(BIN)/ruff format --check vqlib tests benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
-kernels: $(TRITON)  ## the CUDA kernels, without a GPU in Triton's interpreter (Linux, 0.7 GB more)
+kernels: $(TRITON)  ## CUDA without a GPU: kernels in Triton's interpreter, the chain on a pretend device (Linux, 0.7 GB more)
 	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
+	$(BIN)/python -m pytest tests/gpu
 
 gpu:  ## everything that only a GPU can show, in about five minutes, with torch for CUDA (.venv's, or that of PYTHON)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py

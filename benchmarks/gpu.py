@@ -58,7 +58,15 @@ class Proof:
 
     def tests(self) -> tuple[pd.DataFrame, list[str]]:
         """Kernels and the whole chain, on CUDA."""
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/cuda", "tests/test_cuda.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "tests/kernels/cuda",
+            "tests/gpu/test_cuda.py",
+        ]
         command += ["-n", "6"] if find_spec("xdist") else []  # most of the time kernels are compiled
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]

@@ -19,6 +19,7 @@ from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
+from vqlib.system.memory import sent
 
 SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
 
@@ -134,7 +135,7 @@ class BlockStep:
             self.settled[name] = ratios.frozen > SETTLED
             figures |= {"histogram": ratios.histogram, "ratio_loss": getattr(ratios, self.config.ratio_loss)}
         if ratios.frozen == 1.0 and ratios.entropy == 0.0 and name not in self.final:
-            self.final[name] = torch.tensor(row, dtype=torch.float64, device=layer.candidates.device)
+            self.final[name] = sent(torch.tensor(row, dtype=torch.float64), layer.candidates.device)
             if layer.logits is not None:
                 layer.settle()
                 self.optimizer.forget(layer.logits)

@@ -116,7 +116,7 @@ class _Sampler:
         """Yield (steps done, x [b, C, h, w] float32) after each DDPM step, from pure noise to x_0."""
         count = len(labels)
         filler = max(0, SMALLEST_FORWARD - count)  # repeats the last image; dropped before anyone sees it
-        label = torch.tensor(labels + labels[-1:] * filler, device=self.device)
+        label = sent(torch.tensor(labels + labels[-1:] * filler), self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds[-1:] * filler]
         x = self.noise(generators)
         good = torch.zeros(len(label), dtype=torch.int32, device=self.device)  # steps after which an image was finite

@@ -60,8 +60,8 @@ def fit_codebook(
     draws = _draws(len(x), k, _SAMPLE if subsample is None and len(x) >= _LARGE else subsample, seed)
     generator = torch.Generator()
     generator.set_state(draws.state)
-    sample = x if draws.sample is None else x[draws.sample.to(x.device)]  # [N, d] -> [per codeword · k, d]
-    distinct = _distinct_rows(x, k, draws.first.to(x.device), generator)
+    sample = x if draws.sample is None else x[sent(draws.sample, x.device)]  # [N, d] -> [per codeword · k, d]
+    distinct = _distinct_rows(x, k, sent(draws.first, x.device), generator)
     if len(distinct) < k:
         return _exact(x, k)
     codewords = _start(sample, distinct, k, start, generator)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqlib.quantizer.candidates import Candidates, find_candidates
 from vqlib.quantizer.feedback import Columns, damped, quantize_columns
+from vqlib.system.memory import sent
 
 REFIT_STEPS = 30  # of conjugate gradients
 
@@ -34,7 +35,7 @@ def candidates_with_feedback(
         return wide[found[-1].indices[:, 0].long()]  # [out] -> [out, d]
 
     quantize_columns(weight, columns, choose)
-    order = torch.tensor(columns.groups, device=weight.device).argsort()
+    order = sent(torch.tensor(columns.groups).argsort(), weight.device)
     indices, logits = (
         torch.stack([getattr(one, name) for one in found], dim=1)[:, order].view(-1, n)  # [out, in / d, n] -> [N, n]
         for name in ("indices", "logits")
