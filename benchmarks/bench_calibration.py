@@ -22,8 +22,7 @@ from seeded import seeded_pipeline
 from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration, calibrate
-from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.kernels.products import PRODUCTS
+from vqlib.config import PRODUCTS, CalibrationConfig, VQConfig
 from vqlib.models import dit, pipeline
 from vqlib.models.geometry import Geometry
 from vqlib.quantizer.quantize import quantize

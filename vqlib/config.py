@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
+PRODUCTS = ("float32", "tf32", "bfloat16")  # of a model's matrix products and convolutions
 RATIO_STARTS = ("equal", "distance", "least-squares", "leading")
 
 
@@ -197,7 +198,7 @@ class CalibrationConfig(_Settings, _Guided):
         self._one_of("optimizer", ("rmsprop", "adam"))
         self._one_of("lr_decay", ("constant", "cosine"))
         self._one_of("freeze_rule", ("threshold", "schedule"))
-        self._one_of("products", ("float32", "tf32", "bfloat16"))
+        self._one_of("products", PRODUCTS)
         if not 0.0 <= self.freeze_from < self.freeze_until <= 1.0:
             raise ValueError(
                 f"freeze_from={self.freeze_from}, freeze_until={self.freeze_until}: need 0 ≤ from < until ≤ 1"
@@ -213,15 +214,17 @@ class CalibrationConfig(_Settings, _Guided):
 
 @dataclass(frozen=True)
 class SamplingConfig(_Settings, _Guided):
-    """DDPM steps, classifier-free guidance, and how many images share a forward pass."""
+    """DDPM steps, classifier-free guidance, how many images share a forward pass, and in how many bits it is made."""
 
     steps: int = 50
     guidance_scale: float = 1.5
     guidance_channels: int = 3  # latent channels that are guided; the original DiT guides the first 3 of 4
     batch_size: int = 100
+    products: str = "float32"  # of the transformer, "tf32", or "bfloat16" by autocast; latents are decoded in float32
 
     def _check(self):
         self._positive("steps", "guidance_scale", "guidance_channels", "batch_size")
+        self._one_of("products", PRODUCTS)
 
 
 @dataclass(frozen=True)

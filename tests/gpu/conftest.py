@@ -2,15 +2,15 @@ import pytest
 import torch
 from pretend import NAME, PretendGPU
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+if not torch.cuda.is_available():  # before autograd counts its devices; beside CUDA it would take the other's place
+    _setup_privateuseone_for_python_backend(NAME)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """The device, within it; `gpu.move(module)` puts a module's tensors on it."""
-    if not hasattr(torch, NAME):
-        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-        _setup_privateuseone_for_python_backend(NAME)
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     pretended, fake = PretendGPU(), FakeTensorMode(allow_non_fake_inputs=True)
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: pretended.tolist(tensor))

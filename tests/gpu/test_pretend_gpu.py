@@ -18,6 +18,7 @@ from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.quantize import quantize
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 SETTINGS = {"iterations": 10, "batch_size": 4, "steps": 5}
 
 

@@ -388,3 +388,18 @@ def test_images_that_are_not_finite_stop_with_class_and_seed():
 def test_images_asked_for_twice_are_told():
     with pytest.warns(UserWarning, match="1 of 3 images have class and seed of another"):
         sample(tiny.pipeline(), [0, 1, 0], [5, 5, 5], steps=1)
+
+
+@pytest.mark.parametrize("products", ["tf32", "bfloat16"])
+def test_products_are_the_transformers_and_latents_are_decoded_in_float32(products):
+    """TF32 is float32 on a CPU; bfloat16 is not, and an image stays one."""
+    pipe = tiny.pipeline()
+    decode, flags = pipe.vae.decode, []
+    pipe.vae.decode = lambda latents: flags.append(torch.is_autocast_enabled("cpu")) or decode(latents)
+    exact, rounded = (
+        sample(pipe, [0, 1], [3, 4], SamplingConfig(steps=3, products=name)) for name in ("float32", products)
+    )
+    assert torch.equal(exact, rounded) is (products == "tf32") and not any(flags) and flags
+    assert (exact.int() - rounded.int()).abs().float().mean() < 8
+    with pytest.raises(ValueError, match="products='float16' is not one of"):
+        SamplingConfig(products="float16")

@@ -75,7 +75,8 @@ class Calibration(Iterator[Record]):
         self.folder = RunFolder(out, self._settings()) if out is not None else None
         try:
             if not self._resume():
-                self.trajectory.stagger(partial(teacher_output, pipe))
+                with dit.precision(config.products, pipe.transformer):
+                    self.trajectory.stagger(partial(teacher_output, pipe))
                 if self.folder:  # the start itself: made again, on another processor, it may differ in its last bits
                     self.folder.save(self._state(), 0)
         except BaseException:

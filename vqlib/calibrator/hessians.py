@@ -9,6 +9,7 @@ from torch import Tensor
 from vqlib.calibrator.teacher import following, teacher_output
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
+from vqlib.kernels.products import products_in
 from vqlib.models import dit
 from vqlib.models.pipeline import Pipeline
 
@@ -46,13 +47,15 @@ def input_hessians(
             if owner == name:
                 if name not in sums:
                     sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-                sums[name].addmm_(x.T, x)
+                with products_in("float32", x.device):  # whatever the model's own are
+                    sums[name].addmm_(x.T, x)
 
         return hook
 
-    trajectory = Trajectory(pipe, config or CalibrationConfig())
-    trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
-    with ExitStack() as hooks:
+    config = config or CalibrationConfig()
+    trajectory = Trajectory(pipe, config)
+    with dit.precision(config.products, pipe.transformer), ExitStack() as hooks:
+        trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
         hooks.enter_context(following(pipe.transformer, lambda *_: None))
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(gather(name)).remove)

@@ -26,6 +26,7 @@ from vqlib.evaluation import efficientnet
 from vqlib.evaluation.fashion_classifier import FEATURES, FashionClassifier
 from vqlib.evaluation.fashion_dataset import to_model
 from vqlib.evaluation.image_sources import BLOCK, count_images, fit_channels, image_blocks
+from vqlib.kernels.products import products_in
 from vqlib.models.pipeline import BUNDLED, DATA, device_of
 from vqlib.system.files import write_tensors
 
@@ -210,7 +211,8 @@ class Extractor:
             raise ValueError(f"images are {found} px; extractor {self.name!r} takes {size}×{size}")
         device = next(self.module.parameters()).device
         batches = fit_channels(images, self.kind.channels).split(self.kind.batch)
-        parts = [self.module(batch.to(device)) for batch in batches]
+        with products_in("float32", device):  # a feature means the same on every device
+            parts = [self.module(batch.to(device)) for batch in batches]
         return Features(*(torch.cat(layer).float().cpu() for layer in zip(*parts)))
 
     def stream(

@@ -1,5 +1,7 @@
 """Where every kernel of Triton's is launched: one grid, the tensors' own device, options that all share."""
 
+from contextlib import nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -12,5 +14,7 @@ def launch(
 ) -> None:
     """Start `programs` programs of a kernel on the device of its first argument; nothing where there are none."""
     if programs:
-        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        device = arguments[0].device  # Triton launches on the current one
+        here = device.type != "cuda" or device.index == torch.cuda.current_device()
+        with nullcontext() if here else torch.cuda.device(device):
             kernel[(programs,)](*arguments, **sizes, **OPTIONS)

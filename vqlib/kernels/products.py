@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqlib.config import PRODUCTS
+
 
 def _processor() -> str:
     """The processor's vendor among other words: Linux's own list, elsewhere what Python knows."""
@@ -32,16 +34,17 @@ def _onednn_is_faster() -> bool:
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
 
-PRODUCTS = ("float32", "tf32", "bfloat16")
-
 
 @contextmanager
 def products_in(name: str, device: torch.device) -> Iterator[None]:
     """Within the block matrix products and convolutions are made as `name` says, whatever torch is set to by default.
 
     "float32": all bits; "tf32": factors rounded to 10 bits of mantissa where the device has such products (NVIDIA, from
-    the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are.
+    the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are. TF32 is
+    a switch of the whole process: let no two threads ask for different products at once. ValueError for another name.
     """
+    if name not in PRODUCTS:
+        raise ValueError(f"products {name!r} are not one of {', '.join(PRODUCTS)}")
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolution.allow_tf32
     matmul.allow_tf32 = convolution.allow_tf32 = name == "tf32"

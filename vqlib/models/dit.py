@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from vqlib.kernels.products import DenseLinear, products_in
@@ -70,7 +71,8 @@ def precision(products: str, *transformers: nn.Module) -> Iterator[None]:
         return args[0].float(), *args[1:]
 
     with ExitStack() as stack:
-        stack.enter_context(products_in(products, next(transformers[0].parameters()).device))
+        first = next(transformers[0].parameters(), torch.empty(0))  # a model without parameters computes on the CPU
+        stack.enter_context(products_in(products, first.device))
         for transformer in transformers if products == "bfloat16" else ():
             stack.callback(block_list(transformer)[0].register_forward_pre_hook(widen).remove)
         yield

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vqlib.config import SamplingConfig, as_integer, as_seed
+from vqlib.kernels.products import products_in
+from vqlib.models import dit
 from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
 from vqlib.models.pipeline import Pipeline
 from vqlib.system.memory import keep_freed_memory, sent
@@ -143,7 +145,8 @@ class _Sampler:
             x = torch.cat([x, x])  # [B, C, h, w] -> [2B, C, h, w]
             label = torch.cat([label, torch.full_like(label, self.pipe.null_class)])  # [B] -> [2B]
         timestep = torch.full_like(label, int(self.schedule.timesteps[index]))
-        output = self.pipe.transformer(x.to(self.dtype), timestep=timestep, class_labels=label).sample.float()
+        with dit.precision(self.config.products, self.pipe.transformer):
+            output = self.pipe.transformer(x.to(self.dtype), timestep=timestep, class_labels=label).sample.float()
         return guide(output, self.config.guidance_scale, self.config.guidance_channels) if guided else output
 
     def decode(self, latents: Tensor, labels: list[int], seeds: list[int]) -> Tensor:
@@ -151,7 +154,8 @@ class _Sampler:
         images, done = [], 0
         for part in latents.split(DECODED_AT_ONCE):
             filled = torch.cat([part, part[-1:].expand(DECODED_AT_ONCE - len(part), *part.shape[1:])])
-            decoded = self.pipe.decode(filled)[: len(part)]
+            with products_in("float32", self.device):
+                decoded = self.pipe.decode(filled)[: len(part)]
             require_finite(finite(decoded).int(), 1, "decoded images", labels[done:], seeds[done:])
             images.append(to_uint8(decoded).cpu())
             done += len(part)
