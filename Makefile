@@ -32,7 +32,7 @@ kernels: $(TRITON)  ## CUDA without a GPU: kernels in Triton's interpreter, the 
 	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
 	$(BIN)/python -m pytest tests/gpu
 
-gpu:  ## everything that only a GPU can show, in about five minutes, with torch for CUDA (.venv's, or that of PYTHON)
+gpu:  ## everything that only a GPU can show, in about seven minutes, with torch for CUDA (.venv's, or that of PYTHON)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
 
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)

@@ -167,11 +167,12 @@ def drop_scratch() -> None:
 
 
 def _scratch(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The first `numel` elements of this thread's one buffer for (device, dtype); it grows to the largest layer."""
+    """The first `numel` elements of this thread's and stream's one buffer for (device, dtype); it grows to the largest layer."""
     held = _buffers.__dict__.setdefault("held", {})
-    buffer = held.get((device, dtype))
+    key = device, dtype, torch.cuda.current_stream(device) if device.type == "cuda" else None
+    buffer = held.get(key)
     if buffer is None or buffer.numel() < numel:
-        held.pop((device, dtype), None)
+        held.pop(key, None)
         with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside of it
-            buffer = held[device, dtype] = torch.empty(numel, device=device, dtype=dtype)
+            buffer = held[key] = torch.empty(numel, device=device, dtype=dtype)
     return buffer[:numel]
