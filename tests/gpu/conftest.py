@@ -2,9 +2,10 @@ import pytest
 import torch
 from pretend import NAME, PretendGPU
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 if not torch.cuda.is_available():  # before autograd counts its devices; beside CUDA it would take the other's place
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
     _setup_privateuseone_for_python_backend(NAME)
 
 
