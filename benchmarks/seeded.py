@@ -26,6 +26,9 @@ def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> 
     generator = torch.Generator(device).manual_seed(seed)
     for layer in dit.quantizable(transformer).values():
         layer.weight.copy_(weight(*layer.weight.shape, generator))
+    first, *rest = (block.norm1.emb for block in transformer.transformer_blocks)
+    for embedder in rest:  # a DiT has one, of which diffusers keeps a copy in every block
+        embedder.load_state_dict(first.state_dict())
     names = tuple(map(str, range(geometry.classes)))
     transformer = dit.with_fast_products(transformer)
     return pipeline.Pipeline("seeded", transformer, None, NoiseSchedule.linear(), names)

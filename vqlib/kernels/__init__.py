@@ -55,6 +55,9 @@ def back_end(device_type: str) -> ModuleType | None:
         return None
 
 
+_TYPES = frozenset((torch.float32, *reference.INDEX_TYPES))
+
+
 def _function(
     name: str, *tensors: Tensor, length: int = 1, candidates: int = 1, written: tuple[Tensor, ...] = ()
 ) -> Callable:
@@ -65,7 +68,7 @@ def _function(
     device = tensors[0].device
     fused = back_end(device.type)
     fits = fused is not None and length <= fused.MAX_LENGTH and candidates <= fused.MAX_CANDIDATES
-    fits = fits and all(t.device == device and t.dtype in (torch.float32, *reference.INDEX_TYPES) for t in tensors)
+    fits = fits and all(t.device == device and t.dtype in _TYPES for t in tensors)
     fits = fits and all(t.is_contiguous() for t in written)
     return getattr(fused, name, None) or getattr(reference, name) if fits else getattr(reference, name)
 
