@@ -86,6 +86,15 @@ def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
     assert (folder / "table" / "table.tex").exists() and "| 1.5 |" in capsys.readouterr().out
 
 
+def test_evaluate_says_what_to_expect_where_that_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shell, "_load", lambda *_: None)
+    monkeypatch.setattr(shell, "_calibrated", lambda *_: None)
+    monkeypatch.setattr(shell, "measure", lambda *a, **o: Row())
+    for changes, expected in (((), True), (("--set", "calibration.iterations=2"), False)):
+        shell.main(["evaluate", "--preset", "dit-mini-fashion-w2", *changes, "--out", str(tmp_path)])
+        assert ("expected: FD-5k (fashion) 1.28" in capsys.readouterr().out) is expected
+
+
 def test_a_table_refuses_settings_that_would_not_reach_it(folder, capsys):
     with pytest.raises(SystemExit, match="vqlib table: --set vq.k: a table takes images, reference, vq.bits"):
         run("table", folder)

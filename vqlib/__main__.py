@@ -112,8 +112,10 @@ def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
     pipe = _load(job, options)
     packed, folder = _calibrated(pipe, job, options), options.out / "metrics"
     metrics = measure(pipe, packed, job.images, folder, job.sampling, _reference(job), progress=True)
-    row = metrics.to_row(preset=job.name, steps=job.sampling.steps, guidance_scale=job.sampling.guidance_scale)
+    row = metrics.to_row(preset=job.name, steps=job.sampling.steps, CFG=job.sampling.guidance_scale)
     print(pd.Series(row).to_string())
+    if job.expected:
+        print(f"expected: {job.expected}")
 
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:
