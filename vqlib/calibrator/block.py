@@ -67,7 +67,7 @@ class BlockStep:
     def step(self, inputs: tuple[tuple, dict], target: Tensor, moment: Moment) -> BlockRecord:
         """From the block's (args, kwargs) and the full-precision output to an updated block and what was seen.
 
-        Where the loss is not finite the block stays as it is; `checked` tells.
+        Where the loss is not finite no optimizer step is taken; `checked` tells.
         """
         args, kwargs = inputs
         with torch.enable_grad():  # the full-precision forward around it has none

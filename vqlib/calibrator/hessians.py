@@ -32,16 +32,18 @@ def input_hessians(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
     owners: dict[str, str] = {}  # the first layer that is given the same tensor
-    last: list = [None, None]  # the tensor that was given last, and its owner
+    last: tuple = None, 0, ""  # the tensor that was given last, its version, and its owner
 
     def gather(name: str):
         def hook(layer, args):
-            owner = last[1] if last[0] is args[0] else name
+            nonlocal last
+            unchanged = last[0] is args[0] and last[1] == args[0]._version
+            owner = last[2] if unchanged else name
             if owners.setdefault(name, owner) != owner:
                 raise RuntimeError(
                     f"{name} shares its inputs with {owners[name]} in one batch, and with {owner} in another"
                 )
-            last[:] = args[0], owner
+            last = args[0], args[0]._version, owner
             x = args[0].detach().float().flatten(0, -2)  # [..., in] -> [rows, in]
             counts[name] += len(x)
             if owner == name:

@@ -137,8 +137,9 @@ class SharedEmbedder:
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return not one.training and all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    own, others = one.state_dict(), other.state_dict()
+    same = not one.training and own.keys() == others.keys()
+    return same and all(own[k].dtype == x.dtype and torch.equal(own[k], x) for k, x in others.items())
 
 
 @contextmanager
