@@ -19,8 +19,8 @@ from printed import page_width, printed_sizes
 import vqlib
 from vqlib import explore
 from vqlib.calibrator.runs import Record
+from vqlib.explore.drawing import Drawing
 from vqlib.explore.view import Control, Picture, View
-from vqlib.explore.worker import Drawing, Recent, Worker
 from vqlib.figures.styles import VENUES, new_figure
 
 PATIENCE = 60  # seconds until a test that hangs is taken for one
@@ -131,22 +131,26 @@ def test_export_writes_what_is_shown_at_the_venues_width(tmp_path):
     assert "no such venue" in told[0]
 
 
-def test_recent_forgets_what_was_used_longest_ago():
-    recent = Recent(2)
-    recent.put("a", 1), recent.put("b", 2)
-    assert recent.get("a") == 1
-    recent.put("c", 3)
-    assert recent.get("b") is None and recent.get("a") == 1 and len(recent) == 2
+def test_one_picture_is_computed_at_a_time(tmp_path):
+    class Counted(Numbers):
+        together, most = 0, 0
 
+        def prepare(self, settings, task):
+            self.together += 1
+            self.most = max(self.most, self.together)
+            try:
+                return super().prepare(settings, task)
+            finally:
+                self.together -= 1
 
-def test_a_worker_starts_again_after_it_was_idle():
-    worker, done = Worker(), []
-    for number in (1, 2):
-        worker.submit(lambda number=number: done.append(number))
-        end = time.monotonic() + PATIENCE
-        while number not in done and time.monotonic() < end:
-            time.sleep(0.001)
-    assert done == [1, 2]
+    view = Counted(tmp_path)
+    view.go.clear()
+    view.set(number=1)
+    assert view.begun.wait(PATIENCE)
+    threading.Timer(0.1, view.go.set).start()
+    assert view.still().caption == "number 1"
+    view.wait(PATIENCE)
+    assert view.made == [1, 1] and view.most == 1
 
 
 def test_only_the_thread_that_made_it_draws():

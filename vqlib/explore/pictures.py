@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from cachetools import LRUCache
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vqlib.config import SamplingConfig, VQConfig
 from vqlib.explore.view import Control, Picture, Settings, Task, View
-from vqlib.explore.worker import Recent
 from vqlib.figures.grids import difference_map
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import SamplingCancelled, sample, to_uint8
@@ -79,7 +79,7 @@ class ImageView(View):
             raise ValueError("no models to show; give {method: transformer}")
         self.pipe, self.count = pipe, count
         self.models = {name: dict(part) if isinstance(part, Mapping) else {None: part} for name, part in models.items()}
-        self._loaded, self._rows = Recent(MODELS), Recent(ROWS)
+        self._loaded, self._rows = LRUCache(MODELS), LRUCache(ROWS)  # used by one computation at a time
         super().__init__(self._controls(bits, steps, guidance_scale), out)
         self.settings = self.normalized(self.settings)
 
@@ -145,9 +145,8 @@ class ImageView(View):
         labels, seeds = self._conditions(settings)
         config = SamplingConfig(settings["steps"], settings["guidance_scale"], batch_size=self.count)
         key = label, config, tuple(labels), tuple(seeds)
-        known = self._rows.get(key)
-        if known is not None:
-            return known
+        if key in self._rows:
+            return self._rows[key]
 
         def follow(done: int, latents: Tensor) -> bool:
             if task.preview_due and done < config.steps:
@@ -158,7 +157,7 @@ class ImageView(View):
             return not task.cancelled
 
         pipe = self.pipe.with_transformer(model)
-        return self._rows.put(key, sample(pipe, labels, seeds, config, preview=follow))
+        return self._rows.setdefault(key, sample(pipe, labels, seeds, config, preview=follow))
 
     def _model(self, settings: Settings, task: Task) -> nn.Module:
         """The quantized transformer; a function is called for it here, on the background thread."""
@@ -168,13 +167,12 @@ class ImageView(View):
         source = part[bits]
         if isinstance(source, nn.Module):
             return source
-        known = self._loaded.get((method, bits))
-        if known is None:
+        if (method, bits) not in self._loaded:
             if task.cancelled:
                 raise SamplingCancelled("cancelled before the model was made")
             task.say(f"{self._label(settings)}: making the model …")
-            known = self._loaded.put((method, bits), source())
-        return known
+            self._loaded[method, bits] = source()
+        return self._loaded[method, bits]
 
     def _conditions(self, settings: Settings) -> tuple[list[int], list[int]]:
         """Class labels and seeds of all images."""

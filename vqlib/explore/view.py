@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from cachetools import LRUCache
 from matplotlib.figure import Figure
 
-from vqlib.explore.worker import Drawing, Recent, Worker
+from vqlib.explore.drawing import Drawing
 from vqlib.figures.styles import save_figure, style
 from vqlib.figures.tables import save_table
 
@@ -79,9 +80,9 @@ class View:
         self.shown: Picture | None = None  # the last finished picture
         self.error: Exception | None = None
         self.listeners: list[Any] = []  # panels: .show(png, caption), .finished(picture), .synchronize()
-        self._seen, self._worker, self._drawing = Recent(SEEN), Worker(), Drawing()
+        self._seen, self._drawing = LRUCache(SEEN), Drawing()
         self._newest = self._finished = 0  # numbers of requests
-        self._lock = threading.RLock()
+        self._lock, self._computing = threading.RLock(), threading.Lock()
 
     def prepare(self, settings: Settings, task: Task) -> Any:
         """What takes time, on the background thread; looks at `task.cancelled` now and then."""
@@ -118,16 +119,19 @@ class View:
         if known is not None:
             self._finish(known, task)
         else:
-            self._worker.submit(lambda: self._compute(settings, task))
+            threading.Thread(target=self._compute, args=(settings, task), name="vqlib-explore", daemon=True).start()
 
     def still(self) -> Picture:
         """The picture of the settings, computed now and here unless it is known."""
         settings = dict(self.settings)
         key = self._key(settings)
-        known = self._seen.get(key)
-        if known is None:
-            prepared = self.prepare(settings, Task(None, 0))
-            known = self._seen.put(key, self.picture(settings, prepared).rendered())
+        with self._computing:  # what is being computed may be just this
+            with self._lock:
+                known = self._seen.get(key)
+            if known is None:
+                known = self.picture(settings, self.prepare(settings, Task(None, 0))).rendered()
+                with self._lock:
+                    self._seen[key] = known
         self.shown = known
         return known
 
@@ -173,14 +177,14 @@ class View:
         return tuple(settings.values())
 
     def _compute(self, settings: Settings, task: Task) -> None:
-        """On the background thread: prepare, then have the picture drawn."""
-        if task.cancelled:
-            return
-        try:
-            prepared = self.prepare(settings, task)
-        except Exception as error:
-            self._fail(error, task)
-            return
+        """On a thread of its own, one after another: prepare, then have the picture drawn."""
+        with self._computing:
+            if task.cancelled:
+                return
+            try:
+                prepared = self.prepare(settings, task)
+            except Exception as error:
+                return self._fail(error, task)
         self._drawing.call(lambda: self._render(settings, prepared, task))
 
     def _render(self, settings: Settings, prepared: Any, task: Task) -> None:
@@ -190,10 +194,10 @@ class View:
         try:
             picture = self.picture(settings, prepared).rendered()
         except Exception as error:
-            self._fail(error, task)
-            return
-        self._seen.put(key, picture)
-        self._finish(picture, task)
+            return self._fail(error, task)
+        with self._lock:
+            self._seen[key] = picture
+            self._finish(picture, task)
 
     def _finish(self, picture: Picture, task: Task) -> None:
         with self._lock:
