@@ -393,7 +393,8 @@ def test_without_ipywidgets_there_is_a_still_figure(tmp_path):
         "from test_explore import Numbers\n"
         f"Numbers({str(tmp_path)!r})._ipython_display_()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
     )
