@@ -23,7 +23,7 @@ def sampled(monkeypatch):
     monkeypatch.setattr(
         experiments,
         "sample_batches",
-        lambda pipe, labels, *rest: counts.append(len(labels)) or original(pipe, labels, *rest),
+        lambda pipe, labels, *rest, **look: counts.append(len(labels)) or original(pipe, labels, *rest, **look),
     )
     return counts
 
@@ -40,18 +40,20 @@ def test_a_row_is_computed_once_and_again_only_when_model_or_conditions_change(t
     assert sampled == [140, 140, 140] and not list((tmp_path / "unfinished").iterdir())
 
 
-def test_a_killed_row_goes_on_from_its_last_batch_and_ends_the_same(tmp_path, sampled):
-    pipe, told = tiny.pipeline(), []
+def test_a_killed_row_goes_on_from_its_last_batch_and_ends_the_same(tmp_path, sampled, monkeypatch, capsys):
+    pipe, written, write = tiny.pipeline(), [], experiments.write_tensors
 
-    def killed(done, total, seconds):
-        told.append((done, total))
-        if len(told) == 2:
+    def killed(path, tensors):
+        write(path, tensors)
+        written.append(path)
+        if len(written) == 2:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(experiments, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=killed)
-    resumed = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=killed)
-    assert sampled == [140, 40] and told == [(50, 140), (100, 140), (40, 40)]
+        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING)
+    resumed = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=True)
+    assert sampled == [140, 40] and len(written) == 3 and "40 images (" in capsys.readouterr().out
     whole = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "b", SAMPLING)
     assert {**resumed.to_dict(), "minutes": 0} == {**whole.to_dict(), "minutes": 0}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vqlib.config import as_integer, as_seed
-from vqlib.evaluation.extractors import DATA, Extractor, Progress, print_progress
+from vqlib.evaluation.extractors import DATA, Extractor
 from vqlib.evaluation.frechet import FeatureStatistics, bootstrap_interval, check_counts, frechet_from_statistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.evaluation.references import Reference, gather, resolve
@@ -99,7 +99,7 @@ def evaluate(
     seed: int = 0,
     allow_few: bool = False,
     cache: str | Path | None = CACHE,
-    progress: bool | Progress = False,
+    progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Metrics:
     """Compare uint8 images with a reference, in one pass.
@@ -113,20 +113,20 @@ def evaluate(
     in half precision an image. Accuracy is judged by extractor `fashion` only.
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
-    start, report = time.monotonic(), print_progress if progress is True else progress or None
+    start = time.monotonic()
     labels = None if labels is None else class_labels(labels)
     seed, bootstrap = as_seed("seed", seed), as_integer("bootstrap", bootstrap)
     if bootstrap < 0 or bootstrap == 1:
         raise ValueError(f"bootstrap={bootstrap} resamples: needs at least 2, or 0 for no interval")
     total = _agreed_count(count_images(images), count, None if labels is None else len(labels))
     device = device or (images.device if isinstance(images, Tensor) else "cpu")
-    reference, extractor = resolve(reference, extractor, precision_recall, cache, report, device)
+    reference, extractor = resolve(reference, extractor, precision_recall, cache, progress, device)
     dimensions = extractor.kind.dimensions
     _require_known(labels, extractor)
     if total is not None:
         check_counts(total, reference.count, dimensions, allow_few)
     keep = (precision_recall and reference.features is not None) or bootstrap > 0
-    stream = extractor.stream(_of_size(images, reference, labels is not None), cache, report, total)
+    stream = extractor.stream(_of_size(images, reference, labels is not None), cache, progress, total)
     found = gather(stream, keep, logits=True)
     n = _agreed_count(found.pool.count, count, None if labels is None else len(labels))
     check_counts(n, reference.count, dimensions, allow_few)

