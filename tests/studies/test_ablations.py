@@ -82,7 +82,7 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         "λ_r, codebook per layer": shape | {"lambda_r", "block_loss"},
         "λ_r, one codebook": shape | {"lambda_r", "block_loss"},
         "codebook rate, one codebook": shape | {"lr_codebooks"},
-        "steps, one codebook": shape | {"iterations"},
+        "iterations, one codebook": shape | {"iterations"},
         "trained at n = 1, one codebook": shape | {"train_codebooks", "train_biases"},
     }
     assert set(pieces) == by_group.keys() - set(SCOPES.values())
@@ -99,14 +99,14 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
 
 def test_settings_of_one_step_are_settings_too():
     settings = standard_settings(base=CalibrationConfig(iterations=1))
-    assert {s.name for s in settings if s.group == "steps, one codebook"} == {
+    assert {s.name for s in settings if s.group == "iterations, one codebook"} == {
         f"n = {n}, {i}" for n in (1, 3) for i in (1, 2)
     }
 
 
 def test_where_n_1_and_n_3_are_compared_each_condition_has_both():
     settings = standard_settings(VQConfig(candidates=3), CalibrationConfig(iterations=8))
-    for group in ("codebook rate, one codebook", "steps, one codebook"):
+    for group in ("codebook rate, one codebook", "iterations, one codebook"):
         found = [s for s in settings if s.group == group]
         pairs = list(zip(found[::2], found[1::2], strict=True))
         assert len(pairs) in (2, 3)

@@ -45,7 +45,7 @@ def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
             yield Setting(group, f"best, n = {n}", BEST.codes(scoped, candidates=n), BEST.run(base))
     longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes
     alone = BEST.codes(vq, candidates=1)
-    yield Setting(SCOPES["layer"], f"best, n = 1, {longer} steps", alone, BEST.run(base, iterations=longer))
+    yield Setting(SCOPES["layer"], f"best, n = 1, {longer} iterations", alone, BEST.run(base, iterations=longer))
 
 
 def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
@@ -97,7 +97,7 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     for iterations in sorted({max(1, base.iterations // 4), base.iterations, 2 * base.iterations}):
         for shape in (alone, three):
             changed = base.replace(iterations=iterations)
-            yield Setting("steps, one codebook", f"n = {shape.candidates}, {iterations}", shape, changed)
+            yield Setting("iterations, one codebook", f"n = {shape.candidates}, {iterations}", shape, changed)
     trained = {"all": {}, "no biases": {"train_biases": False}, "biases alone": {"train_codebooks": "never"}}
     for name, changes in trained.items():
         yield Setting("trained at n = 1, one codebook", name, alone, base.replace(**changes))
