@@ -58,9 +58,9 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
     for scope, group in SCOPES.items():
         found = by_group[group]
         names = ["k-means", *(f"paper, n = {n}" for n in (1, 2, 3, 4)), "release, n = 2"]
-        assert [name for name in found if "steps" not in name] == [*names, "best, n = 1", "best, n = 2"]
+        assert [name for name in found if "iterations" not in name] == [*names, "best, n = 1", "best, n = 2"]
         assert {s.vq.codebook_scope for s in found.values()} == {scope}
-        assert {s.calibration.iterations for n, s in found.items() if s.calibration and "steps" not in n} == {7}
+        assert {s.calibration.iterations for n, s in found.items() if s.calibration and "iterations" not in n} == {7}
         released, best = found["release, n = 2"], found["best, n = 2"]
         assert (released.vq.candidates, released.vq.ratio_start) == (2, "distance")
         assert best.calibration == RECIPES["best"].calibration.replace(iterations=7)
