@@ -10,6 +10,7 @@ Files are replaced as a whole; records are appended, and a line that a kill has 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,8 +141,8 @@ class RunFolder:
         """Keep the settings of a new run, compare those of an old one; what may differ is kept as it is from now on."""
         path = self.path / "run.json"
         settings = json.loads(json.dumps(settings))
-        old = _read_settings(path) if path.exists() else settings
-        for key, before, now in _differences(old, settings):
+        old = read_settings(path) if path.exists() else settings
+        for key, before, now in differences(old, settings):
             if key not in MAY_DIFFER:
                 raise RuntimeError(
                     f"{self.path} holds a run with {key}={before}, now {key}={now}; give `out` another folder"
@@ -150,7 +151,8 @@ class RunFolder:
             write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a run.json says. Raises RuntimeError where it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
@@ -178,10 +180,11 @@ def read_records(folder: str | Path) -> list[Record]:
     return records
 
 
-def _differences(old: dict, new: dict, prefix: str = ""):
+def differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings in which two runs differ: dotted name, value of the one, of the other."""
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
+            yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vqlib.calibrator.runs import read_records
+from vqlib.calibrator.runs import differences, read_records, read_settings
 from vqlib.explore.view import Control, Picture, Settings, View
 from vqlib.figures import KINDS, layer_place, ratio_histograms, records_frame
 from vqlib.figures.layout import headed, plain_log_ticks
@@ -123,7 +122,8 @@ class CompareView(View):
         for run, frame in zip((run_a, run_b), self.frames.values(), strict=True):
             if frame.empty:
                 raise ValueError(f"{run} holds no records yet")
-        self.differences = dict(_differences(_settings(run_a), _settings(run_b)))
+        found = differences(*(read_settings(run / "run.json") for run in (run_a, run_b)))
+        self.differences = {key.rpartition(".")[2]: values for key, *values in found}
         super().__init__([Control("smooth", "smooth", SMOOTH, 20, tip="steps of the moving mean")], out)
 
     def picture(self, settings: Settings, prepared: Any) -> Picture:
@@ -177,19 +177,3 @@ def _names(run_a: Path, run_b: Path) -> tuple[str, str]:
     """The last part of each path in which the two differ."""
     pairs = zip(reversed(run_a.resolve().parts), reversed(run_b.resolve().parts), strict=False)
     return next(((a, b) for a, b in pairs if a != b), (f"{run_a.name}, first", f"{run_b.name}, second"))
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    return json.loads((run / "run.json").read_text())
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Settings that differ; the fingerprint of the start only where no other setting of the student explains it."""
-    found = {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
-    for key, (left, right) in found.items():
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from _differences(left, right)
-        elif key != "sha256":
-            yield key, (left, right)
-        elif len(found) == 1:
-            yield "weights at the start", (left[:8], right[:8])

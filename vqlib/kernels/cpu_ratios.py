@@ -4,12 +4,16 @@ A block of 256 sub-vectors is loaded transposed; see `cpu_soft`. Loops over a bl
 last sub-vector, except where something is added up.
 """
 
+import math
+
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
 
 from vqlib.kernels.cpu_soft import CHUNK, load_block, softmax_block, store_block
-from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS
-from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
+from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS, check_candidates
+from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 from vqlib.kernels.vectors import OPTIONS
 
 _ONE, _TWO, _ZERO = np.float32(1.0), np.float32(2.0), np.float32(0.0)
@@ -163,53 +167,54 @@ def _in_chunks(function, count: int) -> list:
     return found
 
 
-def add_loss(logits: np.ndarray, absolute: bool, weight: float, grad: np.ndarray) -> float:
+def _add_loss(kind: str, logits: Tensor, weight: float, grad: Tensor) -> float:
     """Ratio loss of float32 [N, n], Eq. 9 or the quadratic one over sub-vectors not yet frozen; grad += weight · gradient."""
-    count, n = logits.shape
-    slots, z, into = (0,) * n, logits.reshape(-1), grad.reshape(-1)
+    (count, n), absolute = logits.shape, kind == "absolute"
+    slots, z, into = (0,) * n, array(logits).reshape(-1), grad.numpy().reshape(-1)
     rows = count if absolute else sum(_in_chunks(lambda _, low, high: _count_open(slots, z, low, high), count))
     scale = np.float32(weight / max(rows, 1))
     values = _in_chunks(lambda _, low, high: _loss_range(slots, z, absolute, scale, low, high, into), count)
     return sum(values) / max(rows, 1)
 
 
-def rmsprop(
-    values: np.ndarray, grad: np.ndarray, squares: np.ndarray, rate: float, smoothing: float, eps: float
+def ratio_loss(kind: str, logits: Tensor) -> Tensor:
+    return torch.tensor(_add_loss(kind, logits, 0.0, torch.zeros(logits.shape)), dtype=torch.float32)
+
+
+def add_ratio_gradient(kind: str, logits: Tensor, grad: Tensor, weight: float) -> None:
+    _add_loss(kind, logits, weight, grad)
+
+
+def rmsprop_step(
+    values: Tensor, grad: Tensor, squares: Tensor, rate: float, smoothing: float, eps: float, loss: Tensor
 ) -> None:
-    """One step of RMSprop on contiguous float32 arrays of one shape: `values` and `squares` change in place."""
-    z, g, v = (array.reshape(-1) for array in (values, grad, squares))
+    if not math.isfinite(loss.item()):
+        return
+    z, g, v = (part.reshape(-1) for part in (values.numpy(), array(grad), squares.numpy()))
     numbers = tuple(np.float32(x) for x in (rate, smoothing, 1.0 - smoothing, eps))
     size = chunk_size(len(z), least=4 * CHUNK)
     run_chunks(len(z), size, lambda _, low, high: _rmsprop_range(z, g, v, *numbers, low, high))
 
 
-def settle(logits: np.ndarray, threshold: float, freeze: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Histogram int64 [20] of the largest ratios, sums float64 [5], winners uint8 [N]; `freeze` changes logits in place."""
+def ratio_limit(logits: Tensor, rank: int) -> Tensor:
+    count, n = logits.shape
+    largest, slots, z = np.empty(count, dtype=np.float32), (0,) * n, array(logits).reshape(-1)
+    _in_chunks(lambda _, low, high: _largest_range(slots, z, low, high, largest), count)
+    return torch.from_numpy(largest).kthvalue(rank).values
+
+
+def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Tensor, freeze: bool) -> Tensor:
+    check_candidates(candidates, k)
     count, n = logits.shape
     chunks = -(-count // chunk_size(count, least=CHUNK))
     histogram, sums = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64), np.zeros((chunks, _SUMS))
-    winners = np.empty(count, dtype=np.uint8)
-    slots, z, limit = (0,) * n, logits.reshape(-1), np.float32(threshold)
+    winners, used = np.empty(count, dtype=np.uint8), np.zeros(k, dtype=np.bool_)
+    slots, z, codes, threshold = (0,) * n, logits.numpy().reshape(-1), array(candidates).reshape(-1), np.float32(limit)
 
     def work(i: int, low: int, high: int) -> None:
-        _settle_range(slots, z, limit, freeze, low, high, histogram[i], sums[i], winners)
+        _settle_range(slots, z, threshold, freeze, low, high, histogram[i], sums[i], winners)
+        _mark_used(slots, codes, winners, low, high, used)
 
     _in_chunks(work, count)
-    return histogram.sum(axis=0), sums.sum(axis=0), winners
-
-
-def largest(logits: np.ndarray) -> np.ndarray:
-    """Largest ratio of every sub-vector: float32 [N, n] -> [N]."""
-    count, n = logits.shape
-    found, slots, z = np.empty(count, dtype=np.float32), (0,) * n, logits.reshape(-1)
-    _in_chunks(lambda _, low, high: _largest_range(slots, z, low, high, found), count)
-    return found
-
-
-def used_codewords(candidates: np.ndarray, winners: np.ndarray, k: int) -> int:
-    """Number of codewords that are some sub-vector's winner: integer [N, n], uint8 [N]."""
-    count, n = candidates.shape
-    used = np.zeros(k, dtype=np.bool_)
-    slots, codes = (0,) * n, candidates.reshape(-1)
-    _in_chunks(lambda _, low, high: _mark_used(slots, codes, winners, low, high, used), count)
-    return int(np.count_nonzero(used))
+    means = sums.sum(axis=0) / max(count, 1)
+    return torch.from_numpy(np.concatenate([means, [np.count_nonzero(used)], histogram.sum(axis=0)]))

@@ -12,9 +12,12 @@ they do not overlap.
 """
 
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
 
-from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
+from vqlib.kernels.reference import ClusterSums
+from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 
 MAX_LENGTH = 16  # beyond this the unrolled inner loop no longer fits in registers and a matrix product wins
 _UNROLL = 4
@@ -123,39 +126,41 @@ def _nearest_range(unit, x, start, stop, table, bias, found):
                 found[low + b, t] = index[1, b]
 
 
-def _padded(codewords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codewords padded to a multiple of four, and −½‖c‖² of each: [k, d] -> [k', d], [k']."""
+def _prepared(x: Tensor, codewords: Tensor) -> tuple[tuple, np.ndarray, np.ndarray, np.ndarray]:
+    """`unit`, the points, codewords padded to a multiple of four [k', d], and −½‖c‖² of each [k']."""
+    codewords = array(codewords)
     k, d = codewords.shape
     rows = -(-k // _UNROLL) * _UNROLL
     table = np.zeros((rows, d), dtype=np.float32)
     table[:k] = codewords
     bias = np.full(rows, -np.inf, dtype=np.float32)
     bias[:k] = -0.5 * np.square(codewords.astype(np.float64)).sum(axis=1)
-    return table, bias
+    return (0,) * d, array(x), table, bias
 
 
-def assign(x: np.ndarray, codewords: np.ndarray) -> np.ndarray:
+def assign(x: Tensor, codewords: Tensor) -> Tensor:
     """Index of the nearest codeword of every point: float32 [N, d], [k, d] -> int64 [N]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
-    codes = np.empty(len(x), dtype=np.int64)
-    run_chunks(len(x), chunk_size(len(x)), lambda _, low, high: _assign_range(unit, x, low, high, table, bias, codes))
-    return codes
+    unit, points, table, bias = _prepared(x, codewords)
+    found = np.empty(len(x), dtype=np.int64)
+    run_chunks(
+        len(x), chunk_size(len(x)), lambda _, low, high: _assign_range(unit, points, low, high, table, bias, found)
+    )
+    return torch.from_numpy(found)
 
 
-def nearest(x: np.ndarray, codewords: np.ndarray, n: int) -> np.ndarray:
+def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     """Indices of the n nearest codewords, nearest first: float32 [N, d], [k, d] -> int64 [N, n]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
+    unit, points, table, bias = _prepared(x, codewords)
     found = np.empty((len(x), n), dtype=np.int64)
-    run_chunks(len(x), chunk_size(len(x)), lambda _, low, high: _nearest_range(unit, x, low, high, table, bias, found))
-    return found
+    run_chunks(
+        len(x), chunk_size(len(x)), lambda _, low, high: _nearest_range(unit, points, low, high, table, bias, found)
+    )
+    return torch.from_numpy(found)
 
 
-def cluster_sums(x: np.ndarray, codewords: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
     """Sums, counts and squared norms of each codeword's points: -> float64 [k, d], int64 [k], float64 [k]."""
-    unit = (0,) * x.shape[1]
-    table, bias = _padded(codewords)
+    unit, points, table, bias = _prepared(x, codewords)
     (k, d), rows = codewords.shape, len(table)
     size = chunk_size(len(x), partial_bytes=8 * rows * (d + 2))
     chunks = -(-len(x) // size)
@@ -164,7 +169,7 @@ def cluster_sums(x: np.ndarray, codewords: np.ndarray) -> tuple[np.ndarray, np.n
     squares = np.zeros((chunks, rows))
 
     def work(chunk: int, low: int, high: int) -> None:
-        _sums_range(unit, x, low, high, table, bias, sums[chunk], counts[chunk], squares[chunk])
+        _sums_range(unit, points, low, high, table, bias, sums[chunk], counts[chunk], squares[chunk])
 
     run_chunks(len(x), size, work)
-    return sums.sum(axis=0)[:k], counts.sum(axis=0)[:k], squares.sum(axis=0)[:k]
+    return ClusterSums(*(torch.from_numpy(part.sum(axis=0)[:k]) for part in (sums, counts, squares)))

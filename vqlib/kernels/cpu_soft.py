@@ -10,9 +10,12 @@ are flat, and a block's values lie transposed, t * 256 + b, so that every lane o
 """
 
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
 
-from vqlib.kernels.threads import BLOCK, chunk_size, run_chunks
+from vqlib.kernels.reference import check_candidates
+from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 from vqlib.kernels.vectors import OPTIONS, add_scaled, dot, exp
 
 MAX_LENGTH = 16
@@ -117,41 +120,57 @@ def _scatter_range(unit, candidates, grad, start, stop, grad_codewords):
         add_scaled(unit, grad_codewords, np.uint64(candidates[i]) * d, np.float32(1.0), grad, i * d)
 
 
-def forward(codewords: np.ndarray, candidates: np.ndarray, logits: np.ndarray | None) -> np.ndarray:
-    """Eq. 6 and 7: float32 [k, d], integer [N, n], float32 [N, n] or None (n = 1) -> float32 [N, d]."""
-    (count, n), d = candidates.shape, codewords.shape[1]
-    unit, slots = (0,) * d, (0,) * n
-    out = np.empty((count, d), dtype=np.float32)
-    table, codes, flat = codewords.reshape(-1), candidates.reshape(-1), out.reshape(-1)
-    z = None if logits is None else logits.reshape(-1)
+class _SoftReconstruct(torch.autograd.Function):
+    """Fused forward and backward; keeps nothing but its inputs."""
 
-    def work(_, low: int, high: int) -> None:
-        if z is None:
-            _gather_range(unit, table, codes, low, high, flat)
-        else:
-            _forward_range(unit, slots, table, codes, z, low, high, flat)
+    @staticmethod
+    def forward(ctx, codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
+        check_candidates(candidates, len(codewords))  # compiled loops would read past the end
+        ctx.save_for_backward(codewords, candidates, logits)
+        (count, n), d = candidates.shape, codewords.shape[1]
+        unit, slots = (0,) * d, (0,) * n
+        table, codes, z = _flat(codewords), _flat(candidates), _flat(logits)
+        out = np.empty(count * d, dtype=np.float32)
 
-    run_chunks(count, chunk_size(count, least=CHUNK), work)
-    return out
+        def work(_, low: int, high: int) -> None:
+            if z is None:
+                _gather_range(unit, table, codes, low, high, out)
+            else:
+                _forward_range(unit, slots, table, codes, z, low, high, out)
+
+        run_chunks(count, chunk_size(count, least=CHUNK), work)
+        return torch.from_numpy(out.reshape(count, d))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        codewords, candidates, logits = ctx.saved_tensors
+        (count, n), (k, d) = candidates.shape, codewords.shape
+        unit, slots = (0,) * d, (0,) * n
+        size = chunk_size(count, partial_bytes=4 * k * d, least=CHUNK)
+        partial = np.zeros((-(-count // size), k * d), dtype=np.float32)
+        table, codes, z, slopes = _flat(codewords), _flat(candidates), _flat(logits), _flat(grad)
+        grad_logits = None if z is None else np.empty(count * n, dtype=np.float32)
+
+        def work(i: int, low: int, high: int) -> None:
+            if z is None:
+                _scatter_range(unit, codes, slopes, low, high, partial[i])
+            else:
+                _backward_range(unit, slots, table, codes, z, slopes, low, high, partial[i], grad_logits)
+
+        run_chunks(count, size, work)
+        grad_codewords = partial.sum(axis=0, dtype=np.float64).astype(np.float32).reshape(k, d)
+        return (
+            torch.from_numpy(grad_codewords),
+            None,
+            None if z is None else torch.from_numpy(grad_logits).view(count, n),
+        )
 
 
-def backward(
-    codewords: np.ndarray, candidates: np.ndarray, logits: np.ndarray | None, grad: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Gradients of the codewords [k, d] and the logits [N, n] (None without logits) from grad [N, d]."""
-    (count, n), (k, d) = candidates.shape, codewords.shape
-    unit, slots = (0,) * d, (0,) * n
-    size = chunk_size(count, partial_bytes=4 * k * d, least=CHUNK)
-    partial = np.zeros((-(-count // size), k * d), dtype=np.float32)
-    grad_logits = None if logits is None else np.empty((count, n), dtype=np.float32)
-    table, codes, slopes = codewords.reshape(-1), candidates.reshape(-1), grad.reshape(-1)
-    z, into = (None, None) if logits is None else (logits.reshape(-1), grad_logits.reshape(-1))
+def _flat(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else array(tensor).reshape(-1)
 
-    def work(i: int, low: int, high: int) -> None:
-        if z is None:
-            _scatter_range(unit, codes, slopes, low, high, partial[i])
-        else:
-            _backward_range(unit, slots, table, codes, z, slopes, low, high, partial[i], into)
 
-    run_chunks(count, size, work)
-    return partial.sum(axis=0, dtype=np.float64).astype(np.float32).reshape(k, d), grad_logits
+def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
+    """Eq. 6 and 7: float32 [k, d], integer [N, n], float32 [N, n] or None (n = 1) -> float32 [N, d], differentiable."""
+    return _SoftReconstruct.apply(codewords, candidates, logits)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import numpy as np
 import torch
 
 _CHUNK = 8192  # points: a quarter of a millisecond of searching, far above the cost of handing it to a thread
@@ -25,6 +26,11 @@ def _forget_pool() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's memory, contiguous, as compiled functions take it."""
+    return tensor.detach().contiguous().numpy()
 
 
 def chunk_size(count: int, partial_bytes: int = 0, least: int = _CHUNK) -> int:
