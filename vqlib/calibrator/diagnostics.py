@@ -19,7 +19,7 @@ from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit, pipeline
 from vqlib.packed.layer import VQLinear
-from vqlib.quantizer.soft import CandidateLinear
+from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.quantizer.subvectors import split
 from vqlib.system.memory import keep_freed_memory
 
@@ -31,7 +31,7 @@ def subvector_gradients(
 
     `model` is soft or packed; every block gets the full-precision activations. `config` chooses the trajectory.
     """
-    names = {module: name for name, module in _quantized(model).items()}
+    names = {module: name for name, module in quantized_layers(model).items()}
     total: dict[str, Tensor] = {}
 
     def add_gradients(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -39,7 +39,9 @@ def subvector_gradients(
             total[name] = total[name] + gradient if name in total else gradient
 
     _walk(pipe, model, config, batches, add_gradients)
-    return {n: split(total[n] / batches, m.codebook.shape[1], n) for n, m in _quantized(model).items() if n in total}
+    return {
+        n: split(total[n] / batches, m.codebook.shape[1], n) for n, m in quantized_layers(model).items() if n in total
+    }
 
 
 def fresh_losses(
@@ -96,17 +98,16 @@ def mean_agreement(agreement: pd.DataFrame) -> float:
 
 def assignments_of(model: nn.Module) -> dict[str, Tensor]:
     """Layer -> assignments A, int64 [N]; of a soft layer the candidate with the largest ratio."""
-    return {name: layer.assignments() for name, layer in _quantized(model).items()}
+    return {name: layer.assignments() for name, layer in quantized_layers(model).items()}
 
 
 def winner_positions(student: nn.Module) -> pd.DataFrame:
     """Position of the chosen candidate, 1 the first: columns layer, position, count, share of the layer's sub-vectors."""
     rows = []
-    for name, layer in student.named_modules():
-        if isinstance(layer, CandidateLinear):
-            total, n = layer.candidates.shape
-            counts = torch.bincount(layer.winners(), minlength=n).tolist()
-            rows += [(name, position + 1, count, count / total) for position, count in enumerate(counts)]
+    for name, layer in soft_layers(student).items():
+        total, n = layer.candidates.shape
+        counts = torch.bincount(layer.winners(), minlength=n).tolist()
+        rows += [(name, position + 1, count, count / total) for position, count in enumerate(counts)]
     return pd.DataFrame(rows, columns=["layer", "position", "count", "share"])
 
 
@@ -116,7 +117,8 @@ def candidate_distances(x: Tensor, codewords: Tensor, candidates: Tensor) -> Ten
     return torch.stack(columns, dim=1)  # n × [N] -> [N, n]
 
 
-def _quantized(model: nn.Module) -> dict[str, CandidateLinear | VQLinear]:
+def quantized_layers(model: nn.Module) -> dict[str, CandidateLinear | VQLinear]:
+    """Every soft or packed layer of a model by its dotted name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, CandidateLinear | VQLinear)}
 
 

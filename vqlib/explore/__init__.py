@@ -5,11 +5,12 @@
 """
 
 from vqlib.explore.frontend import show
-from vqlib.explore.live import run
+from vqlib.explore.live import RunView as run
 from vqlib.explore.pictures import images
-from vqlib.explore.records import compare, ratios
+from vqlib.explore.records import CompareView as compare
+from vqlib.explore.records import RatioView as ratios
 from vqlib.explore.view import View
-from vqlib.explore.weights import codebook
+from vqlib.explore.weights import CodebookView as codebook
 
 __all__ = ["codebook", "compare", "images", "ratios", "run"]
 

@@ -23,21 +23,17 @@ REDRAW_EVERY = 1.0  # seconds
 ETA_STEPS = 20  # steps whose mean time the estimate is made of
 
 
-def run(calibration: Calibration, out: str | Path = "figures") -> RunView:
-    """Start a calibration in the background and show it; `finish()` waits and returns the packed transformer.
-
-    `await view.finished()` does the same and leaves the buttons alive while its cell waits. A stopped run keeps its
-    last step in its folder: `vqlib.calibrate` with the same settings and folder goes on.
-    """
-    return RunView(calibration, out)
-
-
 class RunView(View):
-    """Makes the steps of a calibration on a thread of its own and redraws about once a second."""
+    """Makes the steps of a calibration on a thread of its own and redraws about once a second.
+
+    `finish()` waits and returns the packed transformer; `await view.finished()` does the same and leaves the buttons alive
+    while its cell waits. A stopped run keeps its last step in its folder: `vqlib.calibrate` with the same settings and
+    folder goes on.
+    """
 
     name = "run"
 
-    def __init__(self, calibration: Calibration, out: str | Path) -> None:
+    def __init__(self, calibration: Calibration, out: str | Path = "figures") -> None:
         super().__init__([], out)
         self.calibration = calibration
         before = calibration.iteration and calibration.folder

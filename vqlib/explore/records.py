@@ -10,13 +10,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from vqlib.calibrator.runs import differences, read_records, read_settings
 from vqlib.explore.view import Control, Picture, Settings, View
 from vqlib.figures import KINDS, layer_place, ratio_histograms, records_frame
 from vqlib.figures.layout import headed, plain_log_ticks
+from vqlib.figures.records import heat_map
 from vqlib.figures.styles import METHOD_COLORS, method_color, new_figure
 
 ALL = "all layers"
@@ -27,25 +27,15 @@ PAIR = (METHOD_COLORS["VQ4DiT"], METHOD_COLORS["GPTVQ-like"])  # where two runs 
 PANELS = {"loss": "block loss", "frozen": "frozen share", "moved": "winner not first"}
 
 
-def ratios(run: str | Path, out: str | Path = "figures") -> RatioView:
+class RatioView(View):
     """A slider over the steps of a run folder: largest ratios as heat map and histogram, and where winners change.
 
     Raises ValueError where the run has no records or nothing to choose (n = 1).
     """
-    return RatioView(Path(run), out)
-
-
-def compare(run_a: str | Path, run_b: str | Path, out: str | Path = "figures") -> CompareView:
-    """Losses, frozen share and winners of two run folders over each other, and the settings in which they differ."""
-    return CompareView(Path(run_a), Path(run_b), out)
-
-
-class RatioView(View):
-    """Heat map of the largest ratio over all steps, its histogram at one step, the share of winners that changed."""
 
     name = "ratios"
 
-    def __init__(self, run: Path, out: str | Path) -> None:
+    def __init__(self, run: str | Path, out: str | Path = "figures") -> None:
         self.records = read_records(run)
         if not self.records:
             raise ValueError(f"{run} holds no records yet")
@@ -87,11 +77,8 @@ def _draw_ratios(histograms: pd.DataFrame, moved: pd.DataFrame, step: int, title
     figure = new_figure(0.4 * width if wide else 1.3 * width)
     shape = {"ncols": 3, "width_ratios": (1.3, 1, 1)} if wide else {"nrows": 3}
     heat, bars, winners = figure.subplots(**shape)
-    shares, steps = histograms.to_numpy(), histograms.index.to_numpy()
-    edges = np.linspace(0, 1, shares.shape[1] + 1)
-    shown = np.ma.masked_less_equal(shares.T, 0)  # [steps, bins] -> [bins, steps]
-    sides = np.append(steps, steps[-1] + 1) - 0.5
-    heat.pcolormesh(sides, edges, shown, cmap="viridis", norm=LogNorm(max(shown.min(), 1e-5), 1.0), rasterized=True)
+    edges = np.linspace(0, 1, histograms.shape[1] + 1)
+    heat_map(heat, histograms)
     bars.barh(edges[:-1], histograms.loc[step], height=np.diff(edges), align="edge", color=METHOD_COLORS["VQ4DiT"])
     for kind in moved:
         color = KIND_COLORS.get(kind, METHOD_COLORS["VQ4DiT"])
@@ -112,11 +99,12 @@ def _draw_ratios(histograms: pd.DataFrame, moved: pd.DataFrame, step: int, title
 
 
 class CompareView(View):
-    """Two runs, each a line; the slider smooths."""
+    """Losses, frozen share and winners of two run folders over each other, and the settings in which they differ."""
 
     name = "compare"
 
-    def __init__(self, run_a: Path, run_b: Path, out: str | Path) -> None:
+    def __init__(self, run_a: str | Path, run_b: str | Path, out: str | Path = "figures") -> None:
+        run_a, run_b = Path(run_a), Path(run_b)
         names = _names(run_a, run_b)
         self.frames = {n: records_frame(read_records(run)) for n, run in zip(names, (run_a, run_b), strict=True)}
         for run, frame in zip((run_a, run_b), self.frames.values(), strict=True):

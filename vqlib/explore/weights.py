@@ -12,34 +12,29 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from vqlib.calibrator.diagnostics import quantized_layers
 from vqlib.explore.view import Control, Picture, Settings, Task, View
 from vqlib.figures import codewords_plot
 from vqlib.models.dit import quantizable
 from vqlib.packed.harden import harden_layer
-from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
 
 
-def codebook(
-    transformer: nn.Module, quantized: nn.Module, layer: str | None = None, out: str | Path = "figures"
-) -> CodebookView:
-    """Sliders over the layers of a quantized transformer and over the planes of its sub-vectors.
+class CodebookView(View):
+    """Sliders over the layers of a quantized transformer and the planes of its sub-vectors: a cloud, codewords as circles as
+    large as their use, and the sorted use.
 
     transformer: full precision, with the weights [out, in]; quantized: packed, or a student being calibrated, which is
     shown as it would be packed. layer: the first to be shown. Raises ValueError where no layer is quantized or d = 1.
     """
-    return CodebookView(transformer, quantized, layer, out)
-
-
-class CodebookView(View):
-    """Sub-vectors as a cloud, codewords as circles as large as their use, and the sorted use."""
 
     name = "codebook"
 
-    def __init__(self, transformer: nn.Module, quantized: nn.Module, layer: str | None, out: str | Path) -> None:
-        kinds = (VQLinear, CandidateLinear)
-        self.layers = {n: m for n, m in quantized.named_modules() if isinstance(m, kinds)}
+    def __init__(
+        self, transformer: nn.Module, quantized: nn.Module, layer: str | None = None, out: str | Path = "figures"
+    ) -> None:
+        self.layers = quantized_layers(quantized)
         if not self.layers:
             raise ValueError(f"{type(quantized).__name__} has no quantized layer")
         self.weights = {name: linear.weight for name, linear in quantizable(transformer).items() if name in self.layers}

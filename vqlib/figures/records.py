@@ -123,16 +123,21 @@ def block_losses(records: pd.DataFrame, title: str | None = None, window: int = 
     return legended(figure, title, axis)
 
 
-def ratio_heatmap(histograms: pd.DataFrame, title: str | None = None, freeze_above: float | None = 0.99) -> Figure:
-    """Where the largest ratios of all sub-vectors are, iteration by iteration: rows of `ratio_histograms` as a heat map."""
+def heat_map(axis, histograms: pd.DataFrame):
+    """Rows of `ratio_histograms` as colors over iterations and largest ratios; returns the mesh, for `color_bar`."""
     shares, at = histograms.to_numpy(dtype=float), histograms.index.to_numpy(dtype=float)
-    if shares.size == 0 or not (shares > 0).any():
-        raise ValueError(f"histograms of shape {shares.shape} hold no counts")
-    figure, axis = panel(0.55)
     edges = np.append(at, at[-1] + (at[-1] - at[-2] if len(at) > 1 else 1)) - 0.5
     shown = np.ma.masked_less_equal(shares.T, 0)  # [iterations, bins] -> [bins, iterations]
     colors = {"cmap": "viridis", "norm": LogNorm(max(shown.min(), 1e-5), 1.0), "rasterized": True}
-    mesh = axis.pcolormesh(edges, np.linspace(0, 1, shares.shape[1] + 1), shown, **colors)
+    return axis.pcolormesh(edges, np.linspace(0, 1, shares.shape[1] + 1), shown, **colors)
+
+
+def ratio_heatmap(histograms: pd.DataFrame, title: str | None = None, freeze_above: float | None = 0.99) -> Figure:
+    """Where the largest ratios of all sub-vectors are, iteration by iteration: rows of `ratio_histograms` as a heat map."""
+    if histograms.size == 0 or not (histograms > 0).any(axis=None):
+        raise ValueError(f"histograms of shape {histograms.shape} hold no counts")
+    figure, axis = panel(0.55)
+    mesh = heat_map(axis, histograms)
     if freeze_above is not None:
         color, place = METHOD_COLORS["GPTVQ-like"], ("axes fraction", "data")
         axis.axhline(freeze_above, color=color, linewidth=0.8, linestyle="--")

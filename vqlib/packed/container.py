@@ -58,7 +58,7 @@ def decode(state: Mapping[str, Tensor], header: Header, dtypes: Mapping[str, tor
 
     dtypes: what each name is wanted in. Raises CheckpointError on a wrong checksum, code or codeword.
     """
-    for name, _entry in header.entries.items():
+    for name in header.entries:
         if name not in state or _digest(state[name]) != header.digests[name]:
             raise CheckpointError(header.file, name, "its bytes do not have the checksum that was saved with them")
         if name.endswith(".codebook") and not bool(state[name].isfinite().all()):

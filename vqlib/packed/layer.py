@@ -1,7 +1,4 @@
-"""The two forms of a vector-quantized linear layer; a new stage is a new type, there is no mode flag for training.
-
-`CandidateLinear` is soft and being calibrated; `VQLinear` is hard, packed and for inference only.
-"""
+"""The hard layer, packed and for inference only; a new stage is a new type, there is no mode flag for training."""
 
 from __future__ import annotations
 
