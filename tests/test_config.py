@@ -24,6 +24,10 @@ def test_bits_follow_from_k_and_d():
         ({"k": 16}, "give both or neither"),
         ({"bits": 2, "candidates": 300}, "candidates=300 is outside 1 … k=256"),
         ({"codebook_scope": "head"}, "codebook_scope='head'"),
+        ({"codebook_dtype": "int8"}, "codebook_dtype='int8'"),
+        ({"layers": [("*to_q", 16)]}, r"layers=\[.*\] is not a list of .pattern, k, d."),
+        ({"layers": [("*to_q", 1, 4)]}, r"k=1, d=4: .*\(\*to_q\)"),
+        ({"layers": [("*to_q", 2, 4)]}, r"candidates=3 is outside 1 … k=2 \(\*to_q\)"),
     ],
 )
 def test_impossible_geometry_is_refused_with_the_numbers(settings, message):
@@ -35,6 +39,12 @@ def test_every_recipe_survives_a_round_trip_through_a_dict():
     for chosen in RECIPES.values():
         assert CalibrationConfig.from_dict(json.loads(json.dumps(chosen.calibration.to_dict()))) == chosen.calibration
         assert VQConfig.from_dict(chosen.vq.to_dict()) == chosen.vq
+
+
+def test_rules_of_layers_survive_json():
+    config = VQConfig(k=16, d=4, layers=(("*to_q", 8, 2), ("*", 4, 4)), candidates=2)
+    assert VQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.for_layer("blocks.0.to_q") == VQConfig(k=8, d=2, candidates=2)
 
 
 def test_every_recipe_has_its_candidates_and_start_at_any_bits():

@@ -52,7 +52,8 @@ def architecture_order():
         [*(f"{folder}{name}.py" for name in re.findall(r"`([^`]+)`", row)), f"{folder}__init__.py"]
         for folder, row in rows
     ]
-    return ["config.py", *(file for row in files for file in row), "__init__.py", "__main__.py"]
+    first, *others = files
+    return [*first, "config.py", *(file for row in others for file in row), "__init__.py", "__main__.py"]
 
 
 def out_of_order(files, order):

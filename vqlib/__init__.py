@@ -5,9 +5,10 @@ weights -> codebook -> candidates -> calibrate -> checkpoint -> sample -> evalua
 
 from vqlib.system import compat  # noqa: F401, isort: skip, first: torchvision beside a CPU build of torch
 from vqlib.calibrator.calibrate import Calibration, calibrate
+from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import Record, read_records
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_distillation, recipe_vq
 from vqlib.evaluation.evaluate import Metrics, evaluate
 from vqlib.evaluation.frechet import frechet_distance
 from vqlib.kernels import assign, nearest
@@ -16,7 +17,7 @@ from vqlib.models.modulation import cached_modulation
 from vqlib.models.pipeline import Pipeline, load
 from vqlib.models.sampling import sample
 from vqlib.packed.checkpoint import CheckpointError, load_transformer, save, size_report
-from vqlib.packed.harden import harden, reconstruction_error
+from vqlib.packed.harden import harden, reconstruction_error, soften
 from vqlib.packed.layer import VQLinear
 from vqlib.packed.modes import set_mode
 from vqlib.quantizer.codebook import Codebook, fit_codebook
@@ -43,6 +44,7 @@ __all__ = [
     "assign",
     "cached_modulation",
     "calibrate",
+    "distill",
     "estimate",
     "evaluate",
     "fit_codebook",
@@ -57,11 +59,13 @@ __all__ = [
     "quantize",
     "read_records",
     "recipe",
+    "recipe_distillation",
     "recipe_vq",
     "reconstruction_error",
     "sample",
     "save",
     "set_mode",
     "size_report",
+    "soften",
     "unpack_codes",
 ]

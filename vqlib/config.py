@@ -5,55 +5,17 @@ Every field carries its unit or range; `__post_init__` refuses what cannot work,
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import numbers
-import operator
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
 
-import numpy as np
+from vqlib.system.settings import Settings, as_seed
 
 BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
 PRODUCTS = ("float32", "tf32", "bfloat16")  # of a model's matrix products and convolutions
+LayerRules = tuple[tuple[str, int, int], ...]
+CODEBOOK_TYPES = ("float32", "float16", "bfloat16")
 RATIO_STARTS = ("equal", "distance", "least-squares", "leading")
-
-
-class _Settings:
-    """Checked when made: every number is of its field's type and finite; `to_dict` is JSON-safe, `from_dict` its inverse.
-
-    NumPy's numbers are as good as Python's. ValueError names the setting and the value that cannot be it.
-    """
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None or "None" not in str(field.type):
-                kind = str(field.type).removesuffix(" | None")
-                object.__setattr__(self, field.name, _AS[kind](field.name, value))
-        self._check()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]):
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}")
-        return cls(**values)
-
-    def replace(self, **changes):
-        return dataclasses.replace(self, **changes)
-
-    def _one_of(self, name: str, allowed: tuple) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-
-    def _positive(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
 
 class _Guided:
@@ -65,56 +27,14 @@ class _Guided:
         return self.guidance_scale != 1.0
 
 
-def as_seed(name: str, value: Any) -> int:
-    """A seed as a Python int, 0 … 2³² − 1: torch's CPU generator looks at no more bits, so larger ones would be equal."""
-    seed = as_integer(name, value)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"{name}={seed} is outside 0 … 2**32 - 1")
-    return seed
-
-
-def as_integer(name: str, value: Any) -> int:
-    """An integer, NumPy's too, as Python's. ValueError naming what is none, bools and whole floats among them."""
-    try:
-        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # NumPy's, torch's
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} is not an integer") from None
-
-
-def _real(name: str, value: Any) -> float:
-    if (
-        isinstance(value, (bool, np.bool_))
-        or not isinstance(value, (numbers.Real, np.number))
-        or not math.isfinite(value)
-    ):
-        raise ValueError(f"{name}={value!r} is not a finite number")
-    return float(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}={value!r} is neither True nor False")
-    return bool(value)
-
-
-def _word(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} is not a word")
-    return str(value)
-
-
-_AS = {"int": as_integer, "float": _real, "bool": _flag, "str": _word}
-
-
 @dataclass(frozen=True)
-class VQConfig(_Settings):
+class VQConfig(Settings):
     """How weights become codes: `k` codewords of length `d`, `candidates` n of them offered to each sub-vector.
 
     Give `bits` alone (2, 3, 4), or `k` and `d`; `bits` is then log2(k) / d. `codebook_scope` is what shares one codebook: a
     layer, a block, or the whole model (then each layer keeps a scale of its own). `assignment`: the candidates are the
     codewords nearest to the weights, or those of error feedback, which needs the second moments of the layers' inputs.
+    `layers`: (pattern, k, d), as the shell's, for layers that take other codes; the first that fits a layer's name holds.
     """
 
     bits: float | None = None
@@ -125,6 +45,8 @@ class VQConfig(_Settings):
     codebook_scope: str = "layer"
     kmeans_iterations: int = 100
     assignment: str = "nearest"  # or "error-feedback"
+    codebook_dtype: str = "float32"  # as stored, "float16" or "bfloat16"; they are trained in float32
+    layers: LayerRules = ()
 
     def _check(self):
         if (self.k is None) != (self.d is None):
@@ -136,22 +58,30 @@ class VQConfig(_Settings):
             k, d = BITS_TO_K_D[bits]
             object.__setattr__(self, "k", k)
             object.__setattr__(self, "d", d)
-        if self.d < 1 or not 2 <= self.k <= 65536:
-            raise ValueError(f"k={self.k}, d={self.d}: k must be 2 … 65536 and d at least 1")
+        for pattern, k, d in (("", self.k, self.d), *self.layers):
+            where = f" ({pattern})" if pattern else ""
+            if d < 1 or not 2 <= k <= 65536:
+                raise ValueError(f"k={k}, d={d}: k must be 2 … 65536 and d at least 1{where}")
+            if not 1 <= self.candidates <= k:
+                raise ValueError(f"candidates={self.candidates} is outside 1 … k={k}{where}")
         bits = math.log2(self.k) / self.d
         if self.bits is not None and not math.isclose(self.bits, bits):
             raise ValueError(f"bits={self.bits} but k={self.k} and d={self.d} give log2(k)/d = {bits:.4g}")
         object.__setattr__(self, "bits", int(bits) if bits == int(bits) else bits)
-        if not 1 <= self.candidates <= self.k:
-            raise ValueError(f"candidates={self.candidates} is outside 1 … k={self.k}")
         self._one_of("ratio_start", RATIO_STARTS)
         self._one_of("assignment", ("nearest", "error-feedback"))
+        self._one_of("codebook_dtype", CODEBOOK_TYPES)
         self._one_of("codebook_scope", ("layer", "block", "model"))
         self._positive("kmeans_iterations")
 
+    def for_layer(self, name: str) -> VQConfig:
+        """The settings of one layer: k and d of the first of `layers` that fits its dotted name, else of all."""
+        k, d = next(((k, d) for pattern, k, d in self.layers if fnmatchcase(name, pattern)), (self.k, self.d))
+        return self.replace(k=k, d=d, bits=None, layers=())
+
 
 @dataclass(frozen=True)
-class CalibrationConfig(_Settings, _Guided):
+class CalibrationConfig(Settings, _Guided):
     """One calibration run: zero-data inputs, loss, optimizer, hardening. Recipes are in `RECIPES`; see `recipe()`."""
 
     iterations: int = 500  # optimizer steps
@@ -164,6 +94,12 @@ class CalibrationConfig(_Settings, _Guided):
         "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
     )
     loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
+    path: str = (
+        "teacher"  # whose x_t the student is given; "student": its own from the same noise, aimed at the teacher's
+    )
+    activation_checkpointing: bool = (
+        False  # end to end: blocks run again in the backward pass, activations are not kept
+    )
     block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
     lambda_d: float = 1.0
     lambda_r: float = 1.0
@@ -192,6 +128,7 @@ class CalibrationConfig(_Settings, _Guided):
         self._one_of("block_inputs", ("full", "student", "end-to-end"))
         self._one_of("loss_at", ("block", "output"))
         self._one_of("block_loss", ("mean", "sum"))
+        self._one_of("path", ("teacher", "student"))
         self._one_of("ratio_loss", ("absolute", "quadratic"))
         self._one_of("ratio_loss_when", ("always", "rising", "never"))
         self._one_of("train_codebooks", ("always", "frozen", "never"))
@@ -210,10 +147,13 @@ class CalibrationConfig(_Settings, _Guided):
             raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
         if self.loss_at == "output" and self.block_inputs != "end-to-end":
             raise ValueError("loss_at='output' follows the student end to end: it needs block_inputs='end-to-end'")
+        if self.path == "student" and (self.loss_at != "output" or self.inputs != "trajectory"):
+            given = f"loss_at={self.loss_at!r}, inputs={self.inputs!r}"
+            raise ValueError(f"path='student' needs loss_at='output' and inputs='trajectory', not {given}")
 
 
 @dataclass(frozen=True)
-class SamplingConfig(_Settings, _Guided):
+class SamplingConfig(Settings, _Guided):
     """DDPM steps, classifier-free guidance, how many images share a forward pass, and in how many bits it is made."""
 
     steps: int = 50
@@ -233,6 +173,7 @@ class Recipe:
 
     vq: VQConfig
     calibration: CalibrationConfig
+    distillation: CalibrationConfig | None = None  # what follows, on the model's output
     expected: str = ""  # on the bundled model at 2 bits, where the README's tables have it
 
     def codes(self, base: VQConfig, **changes) -> VQConfig:
@@ -248,7 +189,7 @@ class Recipe:
 
 RECIPES = {
     # The paper: ratios at 1/n, Eq. 8–10, full-precision block inputs, codebooks and ratios together.
-    "paper": Recipe(VQConfig(), CalibrationConfig(), "FD-5k (fashion) 1.28, full precision 0.41"),
+    "paper": Recipe(VQConfig(), CalibrationConfig(), expected="FD-5k (fashion) 1.28, full precision 0.41"),
     # The authors' later code release, where it differs from the paper.
     "release": Recipe(
         VQConfig(candidates=2, ratio_start="distance"),
@@ -263,7 +204,7 @@ RECIPES = {
             train_codebooks="frozen",
             smoothing=0.9,
         ),
-        "FD-500 (fashion) 3.61 ± 1.04 over 3 seeds, full precision 0.53",
+        expected="FD-500 (fashion) 3.61 ± 1.04 over 3 seeds, full precision 0.53",
     ),
     # What was found best here: candidates of error feedback, the first one trusted, and no ratio loss at all. The most
     # decided sub-vectors are frozen by a timetable while the block loss still moves the others, and the codebooks train
@@ -271,7 +212,15 @@ RECIPES = {
     "best": Recipe(
         VQConfig(candidates=2, ratio_start="leading", assignment="error-feedback"),
         CalibrationConfig(ratio_loss_when="never", freeze_rule="schedule", lr_codebooks=3e-4, lr_decay="cosine"),
-        "FD-5k (fashion) 0.66, full precision 0.41",
+        CalibrationConfig(
+            block_inputs="end-to-end",
+            loss_at="output",
+            path="student",
+            ratio_loss_when="never",
+            lr_decay="cosine",
+            seed=1,  # other trajectories than calibration's
+        ),
+        expected="FD-5k (fashion) 0.66, full precision 0.41",
     ),
 }
 
@@ -279,6 +228,18 @@ RECIPES = {
 def recipe(name: str, **changes) -> CalibrationConfig:
     """The calibration settings of a named recipe, with changes; raises ValueError on an unknown name."""
     return _named(name).calibration.replace(**changes)
+
+
+def recipe_distillation(name: str, **changes) -> CalibrationConfig:
+    """The settings of a recipe's last stage, on the model's output; ValueError on an unknown name and where it has none."""
+    found = _named(name).distillation
+    if found is None:
+        raise ValueError(f"recipe {name!r} does not distill; of {sorted(RECIPES)} these do: {_distilling()}")
+    return found.replace(**changes)
+
+
+def _distilling() -> list[str]:
+    return sorted(name for name, known in RECIPES.items() if known.distillation)
 
 
 def recipe_vq(name: str, bits: float = 2, **changes) -> VQConfig:

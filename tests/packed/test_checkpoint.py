@@ -21,7 +21,10 @@ from tests.fuzz_checkpoint import (
     tiny_dit,
 )
 from vqlib import CheckpointError, load_transformer, save, size_report
+from vqlib.config import VQConfig
 from vqlib.packed.checkpoint import packed_layers
+from vqlib.packed.harden import harden
+from vqlib.quantizer.quantize import quantize
 from vqlib.system import folders
 
 
@@ -46,6 +49,27 @@ def test_codebooks_keep_dtype_scale_and_sharing(tmp_path, dtype, shared):
     assert torch.equal(forward(loaded), forward(model))
     config = json.loads((tmp_path / "packed" / CONFIG).read_text())["quantization_config"]
     assert config["codebook_scope"] == ("model" if shared else "layer")
+
+
+def test_layers_of_other_codes_are_written_in_the_config_and_come_back(tmp_path):
+    rules = (("*to_q", 8, 2), ("*.1.*to_k", 32, 4))
+    model = harden(quantize(tiny_dit(), VQConfig(k=16, d=4, candidates=1, layers=rules, codebook_dtype="float16")))
+    save(model, tmp_path / "packed")
+    loaded = load_transformer(tmp_path / "packed")
+    assert same(loaded, model) and torch.equal(forward(loaded), forward(model))
+    sizes = {name: (layer.k, layer.d) for name, layer in packed_layers(loaded).items()}
+    assert sizes["transformer_blocks.1.attn1.to_k"] == (32, 4) and sizes["transformer_blocks.0.attn1.to_k"] == (16, 4)
+    assert {layer.codebook.dtype for layer in packed_layers(loaded).values()} == {torch.float16}
+    known = loaded.hf_quantizer.quantization_config.config
+    assert {name: (known.for_layer(name).k, known.for_layer(name).d) for name in sizes} == sizes
+
+
+def test_a_config_says_no_more_than_that_of_earlier_files_unless_it_must(tmp_path):
+    """The checksum is over the whole config: a key more, and files made before it could not be read."""
+    save(pack(tiny_dit()), tmp_path / "packed")
+    written = json.loads((tmp_path / "packed" / CONFIG).read_text())["quantization_config"]
+    keys = {"quant_method", "format", "bits", "k", "d", "codebook_scope", "storage", "provenance"}
+    assert set(written) == keys
 
 
 def test_the_embedders_of_all_blocks_are_one_in_file_and_memory(tmp_path):

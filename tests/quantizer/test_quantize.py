@@ -9,7 +9,7 @@ from vqlib.packed.harden import harden, reconstruction_error
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer import codebook
 from vqlib.quantizer.quantize import _scale, quantize
-from vqlib.quantizer.soft import CandidateLinear
+from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
 CONFIG = VQConfig(k=16, d=4, candidates=3)
 
@@ -128,3 +128,26 @@ def test_values_that_are_not_finite_are_named_with_their_layer(scope, part):
     getattr(transformer.transformer_blocks[1].attn1.to_k, part).data.view(-1)[3] = torch.inf
     with pytest.raises(ValueError, match=rf"1 of \d+ values are not finite \(transformer_blocks.1.attn1.to_k.{part}\)"):
         quantize(transformer, VQConfig(k=16, d=4, codebook_scope=scope))
+
+
+def test_layers_take_the_codes_that_the_first_fitting_rule_says():
+    model = tiny.transformer()
+    rules = (("*.0.*.to_q", 8, 2), ("*to_q", 4, 8), ("*.ff.net.2", 32, 4))
+    student = quantize(model, VQConfig(k=16, d=4, candidates=2, layers=rules))
+    shapes = {name: tuple(layer.codebook.shape) for name, layer in soft_layers(student).items()}
+    assert shapes.pop("transformer_blocks.0.attn1.to_q") == (8, 2)
+    assert shapes.pop("transformer_blocks.1.attn1.to_q") == (4, 8)
+    assert {shapes.pop(f"transformer_blocks.{i}.ff.net.2") for i in range(2)} == {(32, 4)}
+    assert len(shapes) == 10 and set(shapes.values()) == {(16, 4)}
+
+
+@pytest.mark.parametrize("scope, codebooks", [("block", 4), ("model", 2)])
+def test_only_layers_of_the_same_codes_share_a_codebook(scope, codebooks):
+    rules = (("*to_v", 8, 2),)
+    student = quantize(tiny.transformer(), VQConfig(k=16, d=4, codebook_scope=scope, layers=rules))
+    assert len({id(layer.codebook) for layer in soft_layers(student).values()}) == codebooks
+
+
+def test_a_rule_that_does_not_fit_a_layer_names_it():
+    with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.1.attn1.to_k\)"):
+        quantize(tiny.transformer(), VQConfig(k=16, d=4, layers=(("*.1.*to_k", 16, 5),)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,15 @@ class BlockRecord:
     loss: Tensor  # [], L_d
     output: Tensor  # the student's [R, tokens, channels], detached
     rows: list[Tensor]  # float64 [26] of every layer, as `kernels.settle_ratios` gives them
+
+
+class Passed(NamedTuple):
+    """What one pass through both models leaves."""
+
+    output: Tensor  # of the full-precision model
+    records: list[BlockRecord]
+    distances: list[Tensor]  # [], of the two outputs, where that is what was trained on
+    led: Tensor | None = None  # the student's output, where its x_t follows it
 
 
 class BlockStep:

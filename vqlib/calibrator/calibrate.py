@@ -7,11 +7,9 @@ differentiated and stepped (`BlockStep`) before the next block runs: memory hold
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqlib.calibrator.block import BlockRecord, Moment, block_steps
+from vqlib.calibrator.block import BlockRecord, Moment, Passed, block_steps
 from vqlib.calibrator.losses import RATIO_LOSSES, block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.calibrator.runs import Record, RunFolder
@@ -39,6 +37,7 @@ from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
 from vqlib.quantizer.soft import soft_layers
 from vqlib.system.fingerprint import fingerprint
+from vqlib.system.interrupts import interrupt_after
 from vqlib.system.memory import forget_peak, keep_freed_memory, peak_memory
 
 
@@ -99,7 +98,7 @@ class Calibration(Iterator[Record]):
         if self.remaining == 0:
             raise StopIteration
         try:
-            with _interrupt_after():
+            with interrupt_after():
                 record = self._step()
                 if self.folder:
                     self.folder.append(record)
@@ -139,20 +138,23 @@ class Calibration(Iterator[Record]):
         moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
         with dit.precision(self.config.products, self.pipe.transformer, self.student), self.embedder.working():
-            output, records = pass_through(inputs, moment)
-        losses, rows, fine = _read([record.loss for record in records], [record.rows for record in records], output)
+            passed = pass_through(inputs, moment)
+        records, count = passed.records, len(passed.records)
+        seen = [*(record.loss for record in records), *passed.distances]
+        losses, rows, fine = _read(seen, [record.rows for record in records], passed.output)
+        losses, distances = losses[:count], losses[count:]
         for step, loss in zip(self.blocks, losses, strict=True):
             step.checked(loss, moment)
         require_finite(self.pipe, fine)
-        self.trajectory.advance(output)
+        self.trajectory.advance(passed.output, passed.led)
         self.iteration += 1
         layers = {n: f for step, own in zip(self.blocks, rows, strict=True) for n, f in step.conclude(own).items()}
         ratio_loss = sum(figures.pop("ratio_loss") for figures in layers.values())
         seconds, memory = time.perf_counter() - started, peak_memory(self.trajectory.device)
-        return Record(self.iteration, losses, ratio_loss, layers, seconds, memory)
+        return Record(self.iteration, losses, ratio_loss, layers, seconds, memory, *distances)
 
-    def _streaming(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
-        """One teacher forward; every block's student follows inside it. The teacher's output, a record per block."""
+    def _streaming(self, inputs: Inputs, moment: Moment) -> Passed:
+        """One teacher forward; every block's student follows inside it."""
         records: list[BlockRecord] = []
 
         def follow(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -163,26 +165,34 @@ class Calibration(Iterator[Record]):
         with following(self.pipe.transformer, follow):
             output = teacher_forward(self.pipe, inputs)
         self.shared.step(moment.iteration, torch.stack([record.loss for record in records]).sum())
-        return output, records
+        return Passed(output, records, [])
 
-    def _end_to_end(self, inputs: Inputs, moment: Moment) -> tuple[Tensor, list[BlockRecord]]:
-        """The student on its own activations, one graph through all blocks, as the release; needs memory for all of it."""
+    def _end_to_end(self, inputs: Inputs, moment: Moment) -> Passed:
+        """The student on its own activations, one graph through all blocks; memory for all of it unless checkpointed."""
         with outputs_of(self.pipe.transformer) as targets:
             output = teacher_forward(self.pipe, inputs)
-        with outputs_of(self.student) as own:
-            student_output = dit.forward(self.student, inputs.x, inputs.timestep, inputs.labels)
+        with outputs_of(self.student, self.config.activation_checkpointing) as own:
+            taken = self.trajectory.student_inputs()
+            led = dit.forward(self.student, taken.x, taken.timestep, taken.labels)
         distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
+        compared, at = distances, targets[0]
         if self.config.loss_at == "output":
-            loss = distance_weight(self.config, output) * block_loss(student_output, output)
-        else:
-            loss = distance_weight(self.config, targets[0], len(distances)) * sum(distances)
+            compared, at = [self._output_loss(led, taken, output, inputs)], output
+        loss = distance_weight(self.config, at, len(compared)) * sum(compared)
         loss.backward()
         for step in self.blocks:
             step.add_gradients(moment)
-        loss, losses = loss.detach(), [distance.detach() for distance in distances]
-        seen = [step.update(loss, moment) for step in self.blocks]
-        self.shared.step(moment.iteration, loss)
-        return output, [BlockRecord(*one) for one in zip(losses, own, seen, strict=True)]
+        seen = [step.update(loss.detach(), moment) for step in self.blocks]
+        self.shared.step(moment.iteration, loss.detach())
+        records = [BlockRecord(d.detach(), a, row) for d, a, row in zip(distances, own, seen, strict=True)]
+        trained_on = [] if compared is distances else [compared[0].detach()]
+        return Passed(output, records, trained_on, led.detach() if self.config.path == "student" else None)
+
+    def _output_loss(self, led: Tensor, taken: Inputs, output: Tensor, inputs: Inputs) -> Tensor:
+        """The mean squared difference of the outputs, or of the signals they see where the student is on a path of its own."""
+        if self.config.path == "student":
+            led, output = self.trajectory.signal(led, taken), self.trajectory.signal(output, inputs)
+        return block_loss(led, output)
 
     def _push_ratios(self) -> bool:
         """Whether L_r takes part in this step."""
@@ -281,19 +291,3 @@ def _read(
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-@contextmanager
-def _interrupt_after() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block, so that a step is made wholly or not at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        raise KeyboardInterrupt

@@ -37,6 +37,7 @@ class Record:
     layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
     seconds: float  # of this step
     memory: int  # peak bytes so far
+    output_loss: float | None = None  # mean squared difference of the models' outputs, where that is trained on
 
     @property
     def loss(self) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqlib.calibrator.trajectory import Inputs
 from vqlib.models import dit
@@ -65,11 +67,26 @@ def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def outputs_of(transformer: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block the outputs of the transformer's blocks are appended to the list, in order."""
+def outputs_of(transformer: nn.Module, checkpointing: bool = False) -> Iterator[list[Tensor]]:
+    """Within the block the outputs of the transformer's blocks are appended to the list, in order.
+
+    checkpointing: blocks keep their inputs only, and run again when their gradients are asked for.
+    """
     outputs: list[Tensor] = []
-    with following(transformer, lambda index, args, kwargs, output: outputs.append(output)):
+    with (
+        _checkpointed(transformer) if checkpointing else nullcontext(),
+        following(transformer, lambda index, args, kwargs, output: outputs.append(output)),
+    ):
         yield outputs
+
+
+@contextmanager
+def _checkpointed(transformer: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in dit.block_list(transformer):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.callback(delattr, block, "forward")
+        yield
 
 
 def require_counterpart(teacher: nn.Module, student: nn.Module) -> None:

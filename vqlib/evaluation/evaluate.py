@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqlib.config import as_integer, as_seed
 from vqlib.evaluation.extractors import DATA, Extractor
 from vqlib.evaluation.frechet import FeatureStatistics, bootstrap_interval, check_counts, frechet_from_statistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.evaluation.references import Reference, gather, resolve
+from vqlib.system.settings import as_integer, as_seed
 
 CACHE = DATA / "runs" / "cache"
 SPLIT = 5000  # images of one part of the inception score

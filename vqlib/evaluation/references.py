@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqlib.config import as_integer, as_seed
 from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Features, load_extractor
 from vqlib.evaluation.frechet import FeatureStatistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.system.files import write_tensors
+from vqlib.system.settings import as_integer, as_seed
 
 STORED = {"fashion-mnist-test": DATA / BUNDLED / "reference-fashion-mnist-test.safetensors"}
 MANIFOLD_IMAGES = 10_000  # reference images of Precision and Recall, as ADM's evaluator

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vqlib.config import as_integer
+from vqlib.system.settings import as_integer
 
 
 @dataclass(frozen=True)

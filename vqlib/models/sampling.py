@@ -15,12 +15,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vqlib.config import SamplingConfig, as_integer, as_seed
+from vqlib.config import SamplingConfig
 from vqlib.kernels.products import products_in
 from vqlib.models import dit
 from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
 from vqlib.models.pipeline import Pipeline
 from vqlib.system.memory import keep_freed_memory, sent
+from vqlib.system.settings import as_integer, as_seed
 
 # Matrix products of 1 … 3 rows take other kernels on the CPU, which round differently. From 4 rows on, an image of the
 # models tried came out bit-equal whatever its neighbours, so a smaller batch is filled up to 4.

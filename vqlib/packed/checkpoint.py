@@ -6,6 +6,7 @@ checks config, header and sizes before diffusers sees the folder. The format is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ def attach(
     layers = packed_layers(model)
     if not isinstance(model, ModelMixin) or not layers:
         raise ValueError(f"{type(model).__name__} has {len(layers)} packed layers; a packed diffusers model is needed")
-    first = next(iter(layers.values()))
-    scope = scope or _scope(layers)
-    config = PackedConfig(VQConfig(k=first.k, d=first.d, codebook_scope=scope, candidates=1), storage, provenance)
+    k, d = Counter((layer.k, layer.d) for layer in layers.values()).most_common(1)[0][0]
+    others = tuple((name, layer.k, layer.d) for name, layer in layers.items() if (layer.k, layer.d) != (k, d))
+    codes = VQConfig(k=k, d=d, codebook_scope=scope or _scope(layers), layers=others, candidates=1)
+    config = PackedConfig(codes, storage, provenance)
     quantizer = VQQuantizer(config, pre_quantized=True)
     quantizer.remember(model)
     model.register_to_config(quantization_config=config)

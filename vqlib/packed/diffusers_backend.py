@@ -42,8 +42,7 @@ class Method(str, Enum):
 class PackedConfig(ABC):
     """`quantization_config` of a packed model. VQConfig counts as one, so either is accepted by diffusers.
 
-    config: k, d and codebook scope; storage: "float16" or "float32" for tensors that are not quantized; provenance:
-    JSON-safe notes about where the model comes from.
+    config: k, d, `layers`, codebook scope; storage: "float16" or "float32", of all other tensors; provenance: JSON-safe notes.
     """
 
     quant_method = Method.VQ4DIT
@@ -59,7 +58,8 @@ class PackedConfig(ABC):
         """From config.json. Raises ValueError on another format version."""
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')!r}; this version reads format {FORMAT}")
-        config = VQConfig(k=values["k"], d=values["d"], codebook_scope=values["codebook_scope"], candidates=1)
+        own = {name: values[name] for name in ("k", "d", "codebook_scope")}
+        config = VQConfig(**own, layers=values.get("layers", ()), candidates=1)
         return cls(config, values["storage"], values["provenance"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class PackedConfig(ABC):
             "codebook_scope": self.config.codebook_scope,
             "storage": self.storage,
             "provenance": self.provenance,
-        }
+        } | ({"layers": self.config.layers} if self.config.layers else {})  # absent in files that were made before it
 
     def __repr__(self) -> str:
         return f"PackedConfig({self.config}, storage={self.storage!r})"
@@ -216,11 +216,11 @@ class VQQuantizer(DiffusersQuantizer):
     def _swap_for_kmeans(self, model: ModelMixin) -> None:
         config, skipped = self.quantization_config.config, []
         for name, layer in dit.quantizable(model).items():
-            reason = _unfit(layer, config)
-            if reason:
+            own = config.for_layer(name)
+            if reason := _unfit(layer, own):
                 skipped.append(f"{name} ({reason})")
                 continue
-            self._put(model, name, config.k, config.d, torch.float32)
+            self._put(model, name, own.k, own.d, getattr(torch, config.codebook_dtype))
             self._keys.remove(f"{name}.weight")
             # diffusers holds this very list; it is compared with the model's names after the swap.
             self._keys.extend(f"{name}.{part}" for part in ("codes", "codebook", "scale"))
@@ -237,13 +237,14 @@ class VQQuantizer(DiffusersQuantizer):
 
     def _fit(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.quantization_config.config
-        for name in self._targets:
+        for name, (k, d) in self._targets.items():
             weight = state_dict.pop(f"{name}.weight", None)
             if weight is None:
                 continue  # in another shard
-            x = split(weight.float(), config.d, name)
-            book = fit_codebook(x, config.k, seed=0, iterations=config.kmeans_iterations, name=name)
-            layer = VQLinear.from_assignments(book.assignments, book.codewords, tuple(weight.shape))
+            x, iterations = split(weight.float(), d, name), config.kmeans_iterations
+            book = fit_codebook(x, k, seed=0, iterations=iterations, name=name)
+            codewords = book.codewords.to(getattr(torch, config.codebook_dtype))
+            layer = VQLinear.from_assignments(book.assignments, codewords, tuple(weight.shape))
             self._scales[f"{name}.scale"] = layer.scale
             state_dict.update({f"{name}.{part}": getattr(layer, part) for part in ("codes", "codebook", "scale")})
         return state_dict

@@ -1,15 +1,17 @@
-"""Soft -> hard: the candidates with the highest ratio become assignments, and layers become packed ones."""
+"""Soft -> hard: the candidates with the highest ratio become assignments, and layers become packed ones; and back."""
 
 from __future__ import annotations
 
 import copy
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vqlib.models import dit
 from vqlib.packed.checkpoint import attach
 from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.candidates import Candidates, index_dtype
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
 
@@ -23,7 +25,7 @@ def harden(student: nn.Module) -> nn.Module:
     packed = copy.deepcopy(student, {id(layer): layer for layer in soft.values()})  # soft layers shared, not copied
     codebooks: dict[int, Tensor] = {}
     for name, layer in soft.items():
-        codewords = codebooks.setdefault(id(layer.codebook), layer.codebook.detach().clone())
+        codewords = codebooks.setdefault(id(layer.codebook), _as_stored(layer, name))
         dit.swap(packed, name, harden_layer(layer, codewords))
     packed = packed.eval().requires_grad_(False)
     return attach(packed) if soft and isinstance(packed, ModelMixin) else packed
@@ -31,10 +33,37 @@ def harden(student: nn.Module) -> nn.Module:
 
 def harden_layer(layer: CandidateLinear, codewords: Tensor | None = None) -> VQLinear:
     """The packed layer in which every sub-vector takes its winner; `codewords` [k, d] lets layers share one codebook."""
-    codewords = layer.codebook.detach().clone() if codewords is None else codewords
+    codewords = _as_stored(layer) if codewords is None else codewords
     scale = 1.0 if layer.scale is None else layer.scale.detach()
     shape = layer.out_features, layer.in_features
     return VQLinear.from_assignments(layer.assignments(), codewords, shape, layer.bias, scale)
+
+
+def soften(packed: nn.Module) -> nn.Module:
+    """A student whose assignments are those of the packed transformer: codebooks, scales and biases can be trained again.
+
+    Every layer has one candidate a sub-vector. Shared codebooks stay shared; `harden` is the inverse.
+    """
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
+    student = copy.deepcopy(packed, {id(layer): layer for layer in layers.values()})
+    codebooks: dict[int, nn.Parameter] = {}
+    for name, layer in layers.items():
+        book = codebooks.setdefault(id(layer.codebook), nn.Parameter(layer.codebook.float().clone()))
+        codes = layer.assignments().unsqueeze(1)  # [N] -> [N, 1]
+        candidates = Candidates(codes.to(index_dtype(layer.k)), torch.zeros(codes.shape, device=codes.device))
+        scale = layer.scale if layer.scale.item() != 1.0 else None
+        shape = layer.out_features, layer.in_features
+        dit.swap(student, name, CandidateLinear(book, candidates, shape, layer.bias, scale, layer.codebook.dtype))
+    return student.eval()
+
+
+def _as_stored(layer: CandidateLinear, name: str = "") -> Tensor:
+    """A copy of the codebook [k, d] in the type it is stored in. Raises ValueError where that does not hold its values."""
+    codewords = layer.codebook.detach().clone().to(layer.codebook_dtype)
+    if not codewords.isfinite().all():
+        largest = layer.codebook.detach().abs().max().item()
+        raise ValueError(f"a codeword of {largest:g} does not fit into {layer.codebook_dtype} ({name})")
+    return codewords
 
 
 def reconstruction_error(weight: Tensor, layer: VQLinear) -> float:

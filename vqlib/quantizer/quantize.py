@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqlib.config import VQConfig, as_seed
+from vqlib.config import VQConfig
 from vqlib.models import dit
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import cached_codebook, fit_codebook
@@ -18,6 +18,7 @@ from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
+from vqlib.system.settings import as_seed
 
 
 def quantize(
@@ -50,9 +51,11 @@ def quantize(
                 f"got {list(hessians[name].shape)} ({name})"
             )
     student = _copy_without(transformer, layers.values())
-    columns_of = lru_cache(1)(lambda hessian: Columns.of(hessian, config.d))  # q, k and v have the same inputs
-    for group in _groups(transformer, layers, config.codebook_scope):
-        for name, replacement in _quantize_group(group, config, seed, cache, hessians, columns_of):
+    columns_of = lru_cache(1)(Columns.of)  # q, k and v have the same inputs
+    for group in _groups(transformer, layers, config):
+        for name, replacement in _quantize_group(
+            group, config.for_layer(next(iter(group))), seed, cache, hessians, columns_of
+        ):
             dit.swap(student, name, replacement)
     student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
     return student.eval()
@@ -72,26 +75,25 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
     if not layers:
         raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
     for name, layer in layers.items():
-        count = len(split(layer.weight, config.d, name))
+        own = config.for_layer(name)
+        count = len(split(layer.weight, own.d, name))
         for part, values in layer.named_parameters():
             bad = int((~values.isfinite()).sum())
             if bad:
                 raise ValueError(f"{bad} of {values.numel()} values are not finite ({name}.{part})")
-        if count < config.k and config.codebook_scope == "layer":
-            raise ValueError(f"{count} sub-vectors are fewer than k={config.k} codewords ({name})")
+        if count < own.k and config.codebook_scope == "layer":
+            raise ValueError(f"{count} sub-vectors are fewer than k={own.k} codewords ({name})")
     return layers
 
 
-def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], scope: str) -> Iterator[dict[str, nn.Linear]]:
-    """The layers that share a codebook: each alone, each block's, or all."""
-    if scope == "layer":
-        yield from ({name: layer} for name, layer in layers.items())
-    elif scope == "model":
-        yield layers
-    else:
-        for block in dit.block_list(transformer):
-            members = set(block.modules())
-            yield {name: layer for name, layer in layers.items() if layer in members}
+def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], config: VQConfig) -> Iterator[dict[str, nn.Linear]]:
+    """The layers that share a codebook: each alone, or all of a block or of the model that have the same k and d."""
+    owner = {module: i for i, block in enumerate(dit.block_list(transformer)) for module in block.modules()}
+    groups: dict[tuple, dict[str, nn.Linear]] = {}
+    for name, layer in layers.items():
+        own, scope = config.for_layer(name), {"layer": name, "block": owner[layer], "model": ""}[config.codebook_scope]
+        groups.setdefault((scope, own.k, own.d), {})[name] = layer
+    yield from groups.values()
 
 
 def _quantize_group(
@@ -100,7 +102,7 @@ def _quantize_group(
     seed: int,
     cache: str | Path | None,
     hessians: Mapping[str, Tensor],
-    columns_of: Callable[[Tensor], Columns],
+    columns_of: Callable[[Tensor, int], Columns],
 ) -> Iterator[tuple[str, CandidateLinear]]:
     """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
     shared = config.codebook_scope != "layer"
@@ -114,7 +116,7 @@ def _quantize_group(
     for (name, layer), part in zip(group.items(), parts, strict=True):
         if hessians:
             weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
-            columns = columns_of(hessian)
+            columns = columns_of(hessian, config.d)
             candidates = candidates_with_feedback(
                 weight, columns, codewords.data, config.candidates, config.ratio_start
             )
@@ -122,7 +124,8 @@ def _quantize_group(
                 codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)
         else:
             candidates = find_candidates(part, codewords.data, config.candidates, config.ratio_start)
-        yield name, CandidateLinear(codewords, candidates, tuple(layer.weight.shape), layer.bias, scales[name])
+        shape, dtype = tuple(layer.weight.shape), getattr(torch, config.codebook_dtype)
+        yield name, CandidateLinear(codewords, candidates, shape, layer.bias, scales[name], dtype)
 
 
 def _scale(layer: nn.Linear) -> Tensor:

@@ -20,7 +20,8 @@ class CandidateLinear(nn.Module):
     codebook: Parameter [k, d], possibly shared with other layers; candidates: integers [N, n], checked here and where a
     state is loaded (IndexError), for the GPU does not look at them again; logits: Parameter
     float32 [N, n], or None where n = 1 leaves nothing to choose; scale: Parameter [] or None where the codebook is the
-    layer's own; bias: Parameter [out] or None. All float32, for small steps would be lost in fewer bits.
+    layer's own; bias: Parameter [out] or None. All float32, for small steps would be lost in fewer bits; codebook_dtype is
+    that of the packed layer's codewords.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class CandidateLinear(nn.Module):
         shape: tuple[int, int],
         bias: Tensor | None = None,
         scale: Tensor | None = None,
+        codebook_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.codebook_dtype = codebook_dtype
         self.out_features, self.in_features = shape
         kernels.check_candidates(candidates.indices, len(codebook))
         self.codebook = codebook

@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, as_integer
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.models.geometry import Geometry, Sizes
 from vqlib.models.pipeline import BUNDLED, DATA
+from vqlib.system.settings import as_integer
 
 
 @dataclass(frozen=True)

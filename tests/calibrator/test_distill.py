@@ -1,0 +1,173 @@
+"""The last stage, on the model's output: against a plain loop, with and without activation checkpointing, stopped and resumed."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.distill import distill
+from vqlib.calibrator.runs import read_records
+from vqlib.calibrator.teacher import outputs_of
+from vqlib.calibrator.trajectory import Trajectory
+from vqlib.config import VQConfig, recipe, recipe_distillation
+from vqlib.models.ddpm import guide
+from vqlib.packed.harden import harden, soften
+from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.soft import soft_layers
+
+CODES = VQConfig(k=16, d=4, candidates=2, ratio_start="leading")
+SETTINGS = recipe_distillation("best", iterations=6, batch_size=4, steps=5, checkpoint_every=2)
+
+
+def packed_model(pipe, codes=CODES):
+    return harden(quantize(pipe.transformer, codes, seed=0))
+
+
+def trained(model):
+    """Codebooks and biases of the packed layers, by name."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, VQLinear)}
+    return {f"{n}.{part}": getattr(m, part) for n, m in layers.items() for part in ("codebook", "bias")}
+
+
+def forward(model, batch):
+    return model(batch.x, timestep=batch.timestep, class_labels=batch.labels, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_softening_is_undone_by_hardening(scope):
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe, CODES.replace(codebook_scope=scope, codebook_dtype="float16"))
+    student = soften(packed)
+    again = harden(student)
+    assert len({id(layer.codebook) for layer in soft_layers(student).values()}) == (14 if scope == "layer" else 1)
+    for (name, a), b in zip(packed.state_dict().items(), again.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("path", ["teacher", "student"])
+def test_it_equals_a_plain_loop_over_both_models(path):
+    """The slow twin: autograd through the whole student, the path's steps and the signals written out."""
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    run = distill(pipe, packed, SETTINGS.replace(path=path))
+    losses = [record.output_loss for record in run]
+
+    student = soften(packed).requires_grad_(False)
+    parameters = [p for layer in soft_layers(student).values() for p in (layer.codebook, layer.bias)]
+    optimizer = torch.optim.RMSprop([p.requires_grad_(True) for p in parameters], lr=1e-4, alpha=0.99)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    trajectory, posterior = Trajectory(pipe, SETTINGS), pipe.schedule.respace(5).posterior()
+    with torch.no_grad():
+        trajectory.stagger(lambda batch: forward(pipe.transformer, batch))
+    own = trajectory.x
+    for loss in losses:
+        batch, step, moves = trajectory.inputs(), trajectory.step, trajectory.moves + 1
+        taken = copy.copy(batch)
+        object.__setattr__(taken, "x", torch.cat([own, own]))
+        with torch.no_grad():
+            target = forward(pipe.transformer, batch)
+        output = forward(student, taken)
+        if path == "teacher":
+            distance = (output - target).pow(2).mean()
+        else:
+            abar = pipe.schedule.respace(5).alphas_cumprod[step].float().repeat(2).view(-1, 1, 1, 1)
+            sigma = (1 - abar).sqrt()
+            signal, wanted = (b.x - sigma * o[:, :4] for b, o in ((taken, output), (batch, target)))
+            variances = sigma * (output - target)[:, 4:]
+            distance = ((signal - wanted).pow(2).mean() + variances.pow(2).mean()) / 2
+        assert loss == pytest.approx(distance.item(), rel=1e-4)
+        (distance * output[0].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        generator = torch.Generator().manual_seed(SETTINGS.seed * 1_000_003 + moves)
+        noise, fresh = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+        trajectory.advance(target)
+        mean, log_variance = posterior.predict(guide(output.detach(), 1.5, 3), own, step)
+        led = torch.where((step == 0).view(-1, 1, 1, 1), fresh, mean + (0.5 * log_variance).exp() * noise)
+        own = led if path == "student" else trajectory.x
+    for name, ours in soft_layers(run.student).items():
+        plain = student.get_submodule(name)
+        torch.testing.assert_close(ours.codebook, plain.codebook, rtol=1e-3, atol=2e-6)
+        if not name.endswith(
+            "to_k"
+        ):  # softmax does not see its bias: a gradient of rounding, which RMSprop makes a step of
+            torch.testing.assert_close(ours.bias, plain.bias, rtol=1e-3, atol=2e-6)
+
+
+def test_the_student_comes_nearer_to_the_output_and_keeps_its_assignments():
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    run = distill(pipe, packed, SETTINGS.replace(iterations=60, lr_codebooks=2e-3, path="teacher", inputs="noise"))
+    losses = [record.output_loss for record in run]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    after = run.finish()
+    for name, tensor in packed.state_dict().items():
+        if name.endswith(".codes"):
+            assert torch.equal(tensor, after.state_dict()[name]), name
+
+
+def test_activation_checkpointing_changes_no_bit():
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    kept, again = (
+        trained(distill(pipe, packed, SETTINGS.replace(activation_checkpointing=flag)).finish())
+        for flag in (False, True)
+    )
+    assert all(torch.equal(values, again[name]) for name, values in kept.items())
+
+
+def test_activation_checkpointing_keeps_one_block_at_a_time():
+    """Bytes that autograd holds for a forward of the student through four blocks."""
+    pipe = tiny.pipeline(blocks=4)
+    packed = packed_model(pipe)
+
+    def held(flag):
+        run, sizes = distill(pipe, packed, SETTINGS.replace(activation_checkpointing=flag)), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({(t.data_ptr(), t.numel()): t.nbytes}) or t, lambda t: t
+        ):
+            with outputs_of(run.student, flag):
+                forward(run.student, run.trajectory.inputs())
+        run.close()
+        return sum(sizes.values())
+
+    assert held(True) < 0.5 * held(False)
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    whole = distill(pipe, packed, SETTINGS, out=tmp_path / "whole").finish()
+    run = distill(pipe, packed, SETTINGS, out=tmp_path / "parts")
+    for _ in range(3):
+        next(run)
+    run.close()
+    resumed = distill(pipe, packed, SETTINGS, out=tmp_path / "parts").finish()
+    assert all(torch.equal(values, trained(resumed)[name]) for name, values in trained(whole).items())
+    records = read_records(tmp_path / "parts")
+    assert [record.output_loss for record in records] == [r.output_loss for r in read_records(tmp_path / "whole")]
+
+
+def test_a_calibrated_student_is_hardened_first_and_left_alone():
+    pipe = tiny.pipeline()
+    student = quantize(pipe.transformer, CODES, seed=0)
+    list(calibrate(pipe, student, recipe("best", iterations=3, batch_size=4, steps=5)))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    winners = {n: layer.assignments() for n, layer in soft_layers(student).items()}
+    packed = distill(pipe, student, SETTINGS).finish()
+    assert all(torch.equal(packed.get_submodule(n).assignments(), a) for n, a in winners.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_settings_that_do_not_compare_outputs_are_refused():
+    pipe = tiny.pipeline()
+    with pytest.raises(ValueError, match="loss_at='block'"):
+        distill(pipe, packed_model(pipe), recipe("best"))
+    with pytest.raises(ValueError, match="path='student' needs loss_at='output'"):
+        recipe("best", path="student")
+    with pytest.raises(ValueError, match="recipe 'paper' does not distill"):
+        recipe_distillation("paper")

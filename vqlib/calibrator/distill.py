@@ -1,0 +1,33 @@
+"""Output distillation, the last stage: codebooks, scales and biases trained on the full-precision model's own output.
+
+Block-wise calibration makes every block's error small by itself; how the errors of all blocks meet in the output it does
+not see. Here the student runs end to end on the full-precision model's trajectories, no image seen, and the squared
+difference of the two outputs (ε and v) is all that is learned from. Assignments stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from vqlib.calibrator.calibrate import Calibration
+from vqlib.config import CalibrationConfig, recipe_distillation
+from vqlib.models.pipeline import Pipeline
+from vqlib.packed.harden import harden, soften
+from vqlib.quantizer.soft import soft_layers
+
+
+def distill(
+    pipe: Pipeline, model: nn.Module, config: CalibrationConfig | None = None, out: str | Path | None = None
+) -> Calibration:
+    """A run that distills `pipe.transformer`'s output into `model`; iterate for Records, then `.finish()`, as `calibrate`'s.
+
+    model: a packed transformer, or a calibrated student, whose winners become assignments first; neither is changed.
+    config: `recipe_distillation("best")` unless given. `out`, resuming and errors are those of `calibrate`; ValueError also where
+    the settings do not compare outputs.
+    """
+    config = config or recipe_distillation("best")
+    if config.loss_at != "output":
+        raise ValueError(f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output'")
+    return Calibration(pipe, soften(harden(model) if soft_layers(model) else model), config, out)
