@@ -115,6 +115,7 @@ class CalibrationConfig(Settings, _Guided):
     smoothing: float = 0.99  # RMSprop's alpha, Adam's beta2
     lr_ratios: float = 5e-2
     lr_codebooks: float = 1e-4  # codebooks, biases and layer scales
+    lr_latents: float = 0.0  # of the latents that move assignments in distillation, in their layer's RMS; 0: none move
     lr_decay: str = "constant"  # "cosine": to zero over the run
     products: str = "float32"  # "tf32", or "bfloat16" by autocast; codebooks, ratios, optimizer and loss stay float32
     seed: int = 0
@@ -147,6 +148,8 @@ class CalibrationConfig(Settings, _Guided):
             raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
         if self.loss_at == "output" and self.block_inputs != "end-to-end":
             raise ValueError("loss_at='output' follows the student end to end: it needs block_inputs='end-to-end'")
+        if self.lr_latents < 0 or (self.lr_latents and self.loss_at != "output"):
+            raise ValueError(f"lr_latents={self.lr_latents}: need ≥ 0, and loss_at='output' above it")
         if self.path == "student" and (self.loss_at != "output" or self.inputs != "trajectory"):
             given = f"loss_at={self.loss_at!r}, inputs={self.inputs!r}"
             raise ValueError(f"path='student' needs loss_at='output' and inputs='trajectory', not {given}")

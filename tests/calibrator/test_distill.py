@@ -15,11 +15,12 @@ from vqlib.config import VQConfig, recipe, recipe_distillation
 from vqlib.models.ddpm import guide
 from vqlib.packed.harden import harden, soften
 from vqlib.packed.layer import VQLinear
+from vqlib.quantizer.latent import with_latents
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import soft_layers
 
 CODES = VQConfig(k=16, d=4, candidates=2, ratio_start="leading")
-SETTINGS = recipe_distillation("best", iterations=6, batch_size=4, steps=5, checkpoint_every=2)
+SETTINGS = recipe_distillation("best", iterations=6, batch_size=4, steps=5, checkpoint_every=2, lr_latents=0.0)
 
 
 def packed_model(pipe, codes=CODES):
@@ -110,6 +111,45 @@ def test_the_student_comes_nearer_to_the_output_and_keeps_its_assignments():
             assert torch.equal(tensor, after.state_dict()[name]), name
 
 
+def test_latents_get_the_gradient_of_the_weight_and_choose_the_nearest_codeword():
+    pipe = tiny.pipeline()
+    student = with_latents(soften(packed_model(pipe)))
+    layer = student.get_submodule("transformer_blocks.0.ff.net.2")
+    plain = soften(packed_model(pipe)).get_submodule("transformer_blocks.0.ff.net.2")
+    assert torch.equal(layer.weight(), plain.weight())
+    pull = torch.randn_like(layer.weight())
+    (layer.weight() * pull).sum().backward()
+    (plain.weight() * pull).sum().backward()
+    assert torch.equal(layer.codebook.grad, plain.codebook.grad)
+    torch.testing.assert_close(layer.latents.grad, pull.view(-1, 4) * layer.codebook.square().mean().sqrt())
+    assert layer.reassign() == 0.0
+    before = layer.assignments().clone()
+    with torch.no_grad():
+        layer.latents[5] = layer.codebook[(before[5] + 1) % 16] / layer.unit
+    assert layer.reassign().item() == pytest.approx(1 / len(before))
+    assert layer.assignments()[5] == (before[5] + 1) % 16
+
+
+def test_assignments_that_follow_latents_lower_the_loss_further():
+    pipe = tiny.pipeline()
+    packed, last = packed_model(pipe), {}
+    for rate in (0.0, 0.02):
+        settings = SETTINGS.replace(iterations=60, path="teacher", inputs="noise", lr_latents=rate)
+        run = distill(pipe, packed, settings)
+        records = list(run)
+        last[rate] = sum(record.output_loss for record in records[-10:])
+        moved = sum(layer["moved"] for record in records for layer in record.layers.values())
+        assert (moved > 0) == (rate > 0)
+        assert sum(codes_differ(packed, run.finish())) > 0 or rate == 0.0
+    assert last[0.02] < 0.8 * last[0.0]
+
+
+def codes_differ(one, other):
+    """How many codes are not the same, a layer."""
+    layers = {n: m for n, m in one.named_modules() if isinstance(m, VQLinear)}
+    return [int((m.assignments() != other.get_submodule(n).assignments()).sum()) for n, m in layers.items()]
+
+
 def test_activation_checkpointing_changes_no_bit():
     pipe = tiny.pipeline()
     packed = packed_model(pipe)
@@ -138,17 +178,19 @@ def test_activation_checkpointing_keeps_one_block_at_a_time():
     assert held(True) < 0.5 * held(False)
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
-    pipe = tiny.pipeline()
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, rate):
+    pipe, settings = tiny.pipeline(), SETTINGS.replace(lr_latents=rate)
     packed = packed_model(pipe)
-    whole = distill(pipe, packed, SETTINGS, out=tmp_path / "whole").finish()
-    run = distill(pipe, packed, SETTINGS, out=tmp_path / "parts")
+    whole = distill(pipe, packed, settings, out=tmp_path / "whole").finish()
+    run = distill(pipe, packed, settings, out=tmp_path / "parts")
     for _ in range(3):
         next(run)
     run.close()
-    resumed = distill(pipe, packed, SETTINGS, out=tmp_path / "parts").finish()
+    resumed = distill(pipe, packed, settings, out=tmp_path / "parts").finish()
     assert all(torch.equal(values, trained(resumed)[name]) for name, values in trained(whole).items())
     records = read_records(tmp_path / "parts")
+    assert not any(codes_differ(whole, resumed))
     assert [record.output_loss for record in records] == [r.output_loss for r in read_records(tmp_path / "whole")]
 
 
@@ -167,6 +209,12 @@ def test_settings_that_do_not_compare_outputs_are_refused():
     pipe = tiny.pipeline()
     with pytest.raises(ValueError, match="loss_at='block'"):
         distill(pipe, packed_model(pipe), recipe("best"))
+    with pytest.raises(ValueError, match="lr_latents=0.1: need ≥ 0, and loss_at='output'"):
+        recipe("best", lr_latents=0.1)
+    with pytest.raises(ValueError, match="lr_latents=0.1 moves assignments in vqlib.distill only"):
+        calibrate(pipe, quantize(pipe.transformer, CODES), SETTINGS.replace(lr_latents=0.1))
+    with pytest.raises(ValueError, match="2 candidates a sub-vector: harden"):
+        with_latents(quantize(pipe.transformer, CODES))
     with pytest.raises(ValueError, match="path='student' needs loss_at='output'"):
         recipe("best", path="student")
     with pytest.raises(ValueError, match="recipe 'paper' does not distill"):

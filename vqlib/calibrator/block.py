@@ -18,9 +18,13 @@ from vqlib.calibrator.losses import add_ratio_gradients, backward, block_loss, d
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
+from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.system.memory import sent
 
+MOVED = kernels.RatioStatistics._fields.index(
+    "winners_not_first"
+)  # of a row; with latents, those that moved in this step
 SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
 
 
@@ -64,7 +68,8 @@ class BlockStep:
     ) -> None:
         self.name, self.block, self.layers, self.config = name, block, layers, config
         self.rule = freeze_rule(config)
-        self.optimizer = BlockOptimizer(own, {m.logits for m in layers.values()}, config)
+        latents = {m.latents for m in layers.values() if isinstance(m, LatentLinear)}
+        self.optimizer = BlockOptimizer(own, {m.logits for m in layers.values()}, config, latents)
         self.settled = {name: layer.logits is None for name, layer in layers.items()}
         self.final: dict[str, Tensor] = {}  # the rows of layers in which nothing is left to choose
 
@@ -126,13 +131,17 @@ class BlockStep:
                     layer.scale.grad = None
 
     def _freeze(self, name: str, layer: CandidateLinear, moment: Moment) -> Tensor:
-        """Freeze what has passed the limit; the layer's row."""
-        if name in self.final:
+        """Freeze what has passed the limit, or move to the codewords that are nearest now; the layer's row."""
+        moved = layer.reassign() if isinstance(layer, LatentLinear) else None
+        if name in self.final and moved is None:
             return self.final[name]
         k = len(layer.codebook)
         if layer.logits is None:
             one = torch.zeros(layer.candidates.shape, device=layer.candidates.device)
-            return kernels.settle_ratios(one, layer.candidates, k)
+            row = kernels.settle_ratios(one, layer.candidates, k)
+            if moved is not None:
+                row[MOVED] = moved
+            return row
         limit = self.rule.limit(layer.logits.data, moment.iteration / self.config.iterations)
         return kernels.settle_ratios(layer.logits.data, layer.candidates, k, limit, freeze=True)
 

@@ -35,6 +35,7 @@ from vqlib.models import dit
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
+from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import soft_layers
 from vqlib.system.fingerprint import fingerprint
 from vqlib.system.interrupts import interrupt_after
@@ -228,6 +229,10 @@ class Calibration(Iterator[Record]):
                 layer.scale.requires_grad_(self.config.train_codebooks != "never")
             if layer.bias is not None:
                 layer.bias.requires_grad_(self.config.train_biases)
+            if isinstance(layer, LatentLinear):
+                layer.latents.requires_grad_(True)
+            elif self.config.lr_latents:
+                raise ValueError(f"lr_latents={self.config.lr_latents} moves assignments in vqlib.distill only")
         if not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
 

@@ -2,7 +2,8 @@
 
 Block-wise calibration makes every block's error small by itself; how the errors of all blocks meet in the output it does
 not see. Here the student runs end to end on the full-precision model's trajectories, no image seen, and the squared
-difference of the two outputs (ε and v) is all that is learned from. Assignments stay as they are.
+difference of the two outputs (ε and v) is all that is learned from. Assignments stay as they are or, with `lr_latents`, follow
+latent weights that are trained straight through the choice of the nearest codeword.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vqlib.calibrator.calibrate import Calibration
 from vqlib.config import CalibrationConfig, recipe_distillation
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden, soften
+from vqlib.quantizer.latent import with_latents
 from vqlib.quantizer.soft import soft_layers
 
 
@@ -30,4 +32,5 @@ def distill(
     config = config or recipe_distillation("best")
     if config.loss_at != "output":
         raise ValueError(f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output'")
-    return Calibration(pipe, soften(harden(model) if soft_layers(model) else model), config, out)
+    student = soften(harden(model) if soft_layers(model) else model)
+    return Calibration(pipe, with_latents(student) if config.lr_latents else student, config, out)

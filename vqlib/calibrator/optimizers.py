@@ -12,12 +12,19 @@ from vqlib.config import CalibrationConfig
 
 
 class BlockOptimizer:
-    """RMSprop or Adam over `parameters`, the `logits` among them at their own rate; nothing at all where there are none."""
+    """RMSprop or Adam over `parameters`, `logits` and `latents` among them at rates of their own; nothing where there are none."""
 
-    def __init__(self, parameters: list[nn.Parameter], logits: set[nn.Parameter], config: CalibrationConfig) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        logits: set[nn.Parameter],
+        config: CalibrationConfig,
+        latents: set[nn.Parameter] = frozenset(),
+    ) -> None:
         self.config = config
-        parts = [p for p in parameters if p in logits], [p for p in parameters if p not in logits]
-        rates = config.lr_ratios, config.lr_codebooks
+        others = [p for p in parameters if p not in logits and p not in latents]
+        parts = [p for p in parameters if p in logits], others, [p for p in parameters if p in latents]
+        rates = config.lr_ratios, config.lr_codebooks, config.lr_latents
         groups = [{"params": p, "base_lr": lr, "lr": lr} for p, lr in zip(parts, rates, strict=True) if p]
         self.inner = _made(groups, config) if groups else None
 

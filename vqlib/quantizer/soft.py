@@ -44,12 +44,15 @@ class CandidateLinear(nn.Module):
         self.scale = None if scale is None else nn.Parameter(scale.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
-    def weight(self) -> Tensor:
-        """The soft reconstruction Ŵ, [out, in] (Eq. 7); differentiable in codebook, logits and scale."""
+    def subvectors(self) -> Tensor:
+        """ŵ = Σ_n r_n · C[A_c,n], [N, d] (Eq. 7); differentiable in codebook and logits."""
         settled = self.chosen is not None
         offered = (self.chosen, None) if settled else (self.candidates, self.logits)
-        subvectors = kernels.soft_reconstruct(self.codebook, *offered)
-        weight = join(subvectors, (self.out_features, self.in_features))  # [N, d] -> [out, in]
+        return kernels.soft_reconstruct(self.codebook, *offered)
+
+    def weight(self) -> Tensor:
+        """The soft reconstruction Ŵ, [out, in]; differentiable in the scale too."""
+        weight = join(self.subvectors(), (self.out_features, self.in_features))  # [N, d] -> [out, in]
         return weight if self.scale is None else self.scale * weight
 
     def forward(self, x: Tensor) -> Tensor:
