@@ -219,6 +219,7 @@ RECIPES = {
             block_inputs="end-to-end",
             loss_at="output",
             path="student",
+            lr_latents=6e-3,
             ratio_loss_when="never",
             lr_decay="cosine",
             seed=1,  # other trajectories than calibration's

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
@@ -54,12 +55,16 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class VectorQuantized:
-    """Codes, calibrated or (None) not. Error feedback has the `moments` of that calibration's inputs unless others are given."""
+    """Codes, calibrated or (None) not, distilled or (None) not.
+
+    Error feedback has the `moments` of that calibration's inputs unless others are given.
+    """
 
     vq: VQConfig
     calibration: CalibrationConfig | None
     seed: int = 0
     moments: Moments | None = None
+    distillation: CalibrationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.calibration is None:
@@ -68,8 +73,11 @@ class VectorQuantized:
             object.__setattr__(self, "moments", Moments(self.calibration or CalibrationConfig(seed=self.seed)))
 
     def build(self, pipe: Pipeline, folder: Path) -> Baseline:
-        model = packed_model(pipe, self.vq, self.calibration, folder, self.seed, self.moments)
-        return packed(model, sum(r.seconds for r in read_records(folder / "calibration")) if self.calibration else 0.0)
+        model = packed_model(
+            pipe, self.vq, self.calibration, folder, self.seed, self.moments, distillation=self.distillation
+        )
+        runs = [folder / part for part in ("calibration", "distillation") if getattr(self, part)]
+        return packed(model, sum(record.seconds for run in runs for record in read_records(run)))
 
 
 class Experiments:
@@ -184,17 +192,19 @@ def packed_model(
     folder: str | Path,
     seed: int = 0,
     moments: Moments | None = None,
+    distillation: CalibrationConfig | None = None,
 ) -> nn.Module:
     """The packed transformer of one method, made in `folder` or, where it is finished already, loaded from there.
 
-    settings: how it is calibrated; None for assignments alone. `moments`: see `VectorQuantized`. A second process waits until
-    the first is done. Raises RuntimeError where the folder's model was made from other weights or with other settings.
+    settings: how it is calibrated; None for assignments alone. `moments`: see `VectorQuantized`. `distillation`: of the last
+    stage, None for none. A second process waits until the first is done. Raises RuntimeError where the folder's model was made from other weights or with other settings.
     """
-    how, target = VectorQuantized(vq, settings, seed, moments), Path(folder).expanduser() / "packed"
+    how, target = VectorQuantized(vq, settings, seed, moments, distillation), Path(folder).expanduser() / "packed"
     vq, moments = how.vq, how.moments
     fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
+    about |= {"distillation": distillation.to_dict()} if distillation else {}
     if moments:
         about |= {"inputs": moments.inputs.to_dict(), "hessian_batches": moments.batches}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +215,8 @@ def packed_model(
         student = quantize(pipe.transformer, vq, seed, hessians=hessians)
         out = target.parent / "calibration"
         packed = calibrate(pipe, student, settings, out=out).finish() if settings else harden(student)
+        if distillation:
+            packed = distill(pipe, packed, distillation, out=target.parent / "distillation").finish()
         save(packed, target, provenance=about)
         return packed
 
