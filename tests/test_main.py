@@ -33,6 +33,18 @@ def test_calibrate_leaves_records_and_a_packed_model_that_is_found_again(folder,
     assert f"packed: {folder / 'packed'}" in capsys.readouterr().out
 
 
+def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, tmp_path):
+    run("calibrate", tmp_path, "--distill", "2")
+    assert [record.output_loss > 0 for record in read_records(tmp_path / "distillation")] == [True, True]
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["distillation"]["iterations"] == 2
+    for made, asked in ((tmp_path, []), (folder, ["--distill", "2"]), (tmp_path, ["--distill", "3"])):
+        with pytest.raises(SystemExit, match="was made with distillation="):
+            run("calibrate", made, *asked)
+    with pytest.raises(SystemExit, match="--distill 2: a number from 0, of calibrate, sample and evaluate"):
+        run("table", tmp_path, "--distill", "2")
+
+
 def test_quantize_is_k_means_alone(tmp_path):
     run("quantize", tmp_path)
     config = json.loads((tmp_path / "k-means" / "packed" / "config.json").read_text())["quantization_config"]

@@ -3,6 +3,7 @@
     python -m vqlib estimate  --preset dit-xl-2-256-w2                   minutes, memory, disk; needs no weights
     python -m vqlib quantize  --preset dit-mini-fashion-w2               k-means alone, packed
     python -m vqlib calibrate --preset dit-mini-fashion-w2               the whole method, packed; resumes a killed run
+    python -m vqlib calibrate --preset dit-mini-fashion-w2 --recipe best --distill 500     and then on the model's output
     python -m vqlib sample    --preset dit-mini-fashion-w2 --set images=64
     python -m vqlib evaluate  --preset dit-mini-fashion-w2
     python -m vqlib table     --preset dit-mini-fashion-w2
@@ -26,7 +27,7 @@ import pandas as pd
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
-from vqlib.config import RECIPES
+from vqlib.config import RECIPES, recipe_distillation
 from vqlib.evaluation.frechet import check_counts
 from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown, save_table
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check(job: Preset, options: argparse.Namespace) -> None:
     """Refuse now what would be refused after an hour of work: the device, the folder written to, the reference, the count."""
     unused = [text.partition("=")[0] for text in options.set if text.partition("=")[0] not in TABLE_SETTINGS]
+    if options.distill < 0 or (options.distill and options.command not in ("calibrate", "sample", "evaluate")):
+        raise ValueError(f"--distill {options.distill}: a number from 0, of calibrate, sample and evaluate")
     if options.command == "table" and unused:
         raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     options.device, options.out = models.device_of(options.device), options.out.expanduser()
@@ -156,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="a folder, hub id or .pt file in place of the preset's")
     parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
     parser.add_argument("--recipe", default="paper", choices=RECIPES)
+    parser.add_argument("--distill", type=int, default=0, metavar="N", help="iterations of a last stage on the output")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 …")
@@ -192,8 +196,9 @@ def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
 
 def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
     """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
+    last = recipe_distillation("best", iterations=options.distill) if options.distill else None
     with _watching(options.out / "calibration", job.calibration.iterations):
-        return packed_model(pipe, job.vq, job.calibration, options.out, options.seed)
+        return packed_model(pipe, job.vq, job.calibration, options.out, options.seed, distillation=last)
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def packed_model(
     fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
     about |= {"seed": seed, "calibration": settings and settings.to_dict()}
-    about |= {"distillation": distillation.to_dict()} if distillation else {}
+    about |= {"distillation": distillation and distillation.to_dict()}
     if moments:
         about |= {"inputs": moments.inputs.to_dict(), "hessian_batches": moments.batches}
     target.parent.mkdir(parents=True, exist_ok=True)
