@@ -28,9 +28,10 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from vqlib.models import dit
-from vqlib.models.ddpm import NoiseSchedule, guide
+from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.geometry import Geometry
 from vqlib.models.modulation import cached_modulation
+from vqlib.models.process import guide
 from vqlib.packed.diffusers_backend import packed_layers
 from vqlib.packed.modes import set_mode
 from vqlib.packed.timing import compare, products

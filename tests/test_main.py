@@ -74,7 +74,7 @@ def test_every_command_uses_a_gpu_where_there_is_one_or_the_device_it_is_given(
     class Loaded(Exception):
         pass
 
-    def load(name, vae, device):
+    def load(name, vae, device, **_):
         raise Loaded(str(device))
 
     monkeypatch.setattr(shell.models, "load", load)

@@ -13,8 +13,10 @@ from vqlib.evaluation.evaluate import Metrics, evaluate
 from vqlib.evaluation.frechet import frechet_distance
 from vqlib.kernels import assign, nearest
 from vqlib.kernels.bits import pack_codes, unpack_codes
+from vqlib.models.denoiser import Denoiser
 from vqlib.models.modulation import cached_modulation
 from vqlib.models.pipeline import Pipeline, load
+from vqlib.models.prompts import Prompts
 from vqlib.models.sampling import sample
 from vqlib.packed.checkpoint import CheckpointError, load_transformer, save, size_report
 from vqlib.packed.harden import harden, reconstruction_error, soften
@@ -34,9 +36,11 @@ __all__ = [
     "CandidateLinear",
     "CheckpointError",
     "Codebook",
+    "Denoiser",
     "Estimate",
     "Metrics",
     "Pipeline",
+    "Prompts",
     "Record",
     "SamplingConfig",
     "VQConfig",

@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", required=True, choices=PRESETS)
     parser.add_argument("--model", help="a folder, hub id or .pt file in place of the preset's")
     parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
+    parser.add_argument("--prompts", help="a file that Prompts.save wrote, for a text-to-image model")
     parser.add_argument("--recipe", default="paper", choices=RECIPES)
     parser.add_argument("--distill", type=int, default=0, metavar="N", help="iterations of a last stage on the output")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
@@ -191,7 +192,8 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
-    return models.load(options.model or job.model, vae=options.vae, device=options.device)
+    more = {"device": options.device, "family": job.family, "prompts": options.prompts}
+    return models.load(options.model or job.model, vae=options.vae, **more)
 
 
 def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:

@@ -161,12 +161,16 @@ class SamplingConfig(Settings, _Guided):
 
     steps: int = 50
     guidance_scale: float = 1.5
-    guidance_channels: int = 3  # latent channels that are guided; the original DiT guides the first 3 of 4
+    guidance_channels: int | None = (
+        None  # latent channels that are guided; None: as many as the model's own sampler does
+    )
     batch_size: int = 100
     products: str = "float32"  # of the transformer, "tf32", or "bfloat16" by autocast; latents are decoded in float32
 
     def _check(self):
-        self._positive("steps", "guidance_scale", "guidance_channels", "batch_size")
+        self._positive("steps", "guidance_scale", "batch_size")
+        if self.guidance_channels is not None:
+            self._positive("guidance_channels")
         self._one_of("products", PRODUCTS)
 
 

@@ -53,7 +53,7 @@ def test_a_move_is_guided_on_three_channels_and_draws_its_own_noise():
     trajectory.advance(output)
     expected = output[:4].clone()  # v and the fourth channel of ε stay conditional
     expected[:, :3] = output[4:, :3] + scale * (output[:4, :3] - output[4:, :3])
-    mean, log_variance = trajectory.posterior.predict(expected, x, step)
+    mean, log_variance = trajectory.reverse.posterior.predict(expected, x, step)
     noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(CONFIG.seed * 1_000_003 + 1))
     torch.testing.assert_close(trajectory.x, mean + (0.5 * log_variance).exp() * noise)
 

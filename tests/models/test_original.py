@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import vqlib
 from vqlib.models import dit, original
+from vqlib.models.flow import FlowMatching
 
 
 def transformer(blocks=2):
@@ -56,6 +57,18 @@ def test_both_formats_of_one_model_give_the_same_outputs(file, pipeline_folder):
     assert torch.equal(single.decode(x), folder.decode(x))
     images = [vqlib.sample(pipe, [1, 2], [0, 1], steps=2) for pipe in (folder, single)]
     assert torch.equal(*images)
+
+
+def test_the_same_file_is_a_sit_where_that_is_said(file, pipeline_folder):
+    """Its output is the data's direction at the time 1 − σ; of the channels of a learned σ nothing is used."""
+    weights = file(state_dict(transformer()))
+    pipe = vqlib.load(weights, vae=pipeline_folder, family="sit")
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([250.0, 500.0, 1000.0]), torch.tensor([0, 9, 10])
+    expected = -dit.forward(pipe.transformer, x, torch.tensor([0.75, 0.5, 0.0]), y)[:, :4]
+    torch.testing.assert_close(pipe.output(x, t, y, 1.0), expected)
+    assert isinstance(pipe.schedule, FlowMatching) and pipe.schedule.shift == 1.0
+    with pytest.raises(ValueError, match="family 'uvit' is not one of dit, sit"):
+        vqlib.load(weights, vae=pipeline_folder, family="uvit")
 
 
 def test_every_block_gets_its_own_copy_of_the_embedders_and_the_model_can_be_saved(file, tmp_path):

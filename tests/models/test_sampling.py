@@ -12,8 +12,9 @@ import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
 from vqlib.config import SamplingConfig
-from vqlib.models.ddpm import NoiseSchedule, guide
+from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.pipeline import Pipeline
+from vqlib.models.process import guide
 from vqlib.models.sampling import SamplingCancelled, sample, sample_batches, to_uint8
 
 LABELS, SEEDS = [3, 1, 4, 1, 5, 9, 2], [10, 11, 12, 13, 14, 15, 16]

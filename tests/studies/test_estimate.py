@@ -45,7 +45,7 @@ def test_the_disk_is_that_of_a_real_run(estimated, tmp_path):
 class Probe:
     """A probe of known seconds in place of a measured one."""
 
-    seconds, checkpoint, teacher, state, optimizer = 2.0, 0.5, 0.25, 1000, 100
+    seconds, checkpoint, teacher, state, optimizer, rows = 2.0, 0.5, 0.25, 1000, 100, 4
 
     def __init__(self, *_):
         pass

@@ -9,13 +9,20 @@ from vqlib.models import pipeline
 from vqlib.models.geometry import Geometry
 from vqlib.studies.presets import PRESETS, preset
 
+TEXT_TO_IMAGE = {"pixart-sigma-xl-1024": 20, "sd3.5-medium": 40, "flux.1-dev": 28}
+
 
 def test_every_preset_has_the_papers_calibration_and_its_own_name():
     assert list(PRESETS) == [
-        f"{model}-w{bits}" for model in ("dit-xl-2-256", "dit-xl-2-512", "dit-mini-fashion") for bits in (2, 3, 4)
+        f"{model}-w{bits}"
+        for model in ("dit-xl-2-256", "dit-xl-2-512", "dit-mini-fashion", "sit-xl-2-256", *TEXT_TO_IMAGE)
+        for bits in (2, 3, 4)
     ]
     for name, job in PRESETS.items():
         assert job.name == name and name.endswith(f"-w{job.vq.bits}")
+        if name.rpartition("-")[0] in TEXT_TO_IMAGE:
+            assert job.calibration.steps == job.sampling.steps == TEXT_TO_IMAGE[name.rpartition("-")[0]]
+            continue
         assert job.calibration.replace(checkpoint_every=100) == CalibrationConfig()
         assert job.vq.candidates == 3 and job.sampling.guidance_scale == 1.5 and job.sampling.steps == 50
 

@@ -18,6 +18,7 @@ from vqlib.calibrator.losses import add_ratio_gradients, backward, block_loss, d
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
+from vqlib.models.denoiser import Output, detached
 from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.system.memory import sent
@@ -42,7 +43,7 @@ class BlockRecord:
     """What the step of one block saw, on the device it was made on: nobody has waited for it yet."""
 
     loss: Tensor  # [], L_d
-    output: Tensor  # the student's [R, tokens, channels], detached
+    output: Output  # the student's [R, tokens, channels], or several streams, detached
     rows: list[Tensor]  # float64 [26] of every layer, as `kernels.settle_ratios` gives them
 
 
@@ -78,7 +79,7 @@ class BlockStep:
         """z [N, n] of the layers in which there is a choice."""
         return [layer.logits for layer in self.layers.values() if layer.logits is not None]
 
-    def step(self, inputs: tuple[tuple, dict], target: Tensor, moment: Moment) -> BlockRecord:
+    def step(self, inputs: tuple[tuple, dict], target: Output, moment: Moment) -> BlockRecord:
         """From the block's (args, kwargs) and the full-precision output to an updated block and what was seen.
 
         Where the loss is not finite no optimizer step is taken; `checked` tells.
@@ -90,7 +91,7 @@ class BlockStep:
             weight, pushed = distance_weight(self.config, target), self.logits if moment.push else ()
             backward(weight, loss, self.config.lambda_r, self.config.ratio_loss, pushed)
         self._hold(moment)
-        return BlockRecord(loss.detach(), output.detach(), self.update(loss.detach(), moment))
+        return BlockRecord(loss.detach(), detached(output), self.update(loss.detach(), moment))
 
     def checked(self, loss: float, moment: Moment) -> float:
         """L_d as it was read. Raises FloatingPointError, naming block, step and layer, where it is NaN or infinite."""

@@ -32,6 +32,7 @@ from vqlib.calibrator.teacher import (
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit
+from vqlib.models.denoiser import Output, handed_on
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
@@ -158,9 +159,9 @@ class Calibration(Iterator[Record]):
         """One teacher forward; every block's student follows inside it."""
         records: list[BlockRecord] = []
 
-        def follow(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def follow(index: int, args: tuple, kwargs: dict, output: Output) -> None:
             if self.config.block_inputs == "student" and records:
-                args = (records[-1].output, *args[1:])
+                args, kwargs = handed_on(records[-1].output, self.pipe.denoiser.streams, args, kwargs)
             records.append(self.blocks[index].step((args, kwargs), output, moment))
 
         with following(self.pipe.transformer, follow):
@@ -174,7 +175,7 @@ class Calibration(Iterator[Record]):
             output = teacher_forward(self.pipe, inputs)
         with outputs_of(self.student, self.config.activation_checkpointing) as own:
             taken = self.trajectory.student_inputs()
-            led = dit.forward(self.student, taken.x, taken.timestep, taken.labels)
+            led = self.pipe.output(*taken, model=self.student)
         distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
         compared, at = distances, targets[0]
         if self.config.loss_at == "output":
@@ -243,7 +244,7 @@ class Calibration(Iterator[Record]):
         codes |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         codes |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
         codes |= {"quantized_with": getattr(self.student, "quantized_with", None)}
-        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)}
+        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)} | self.pipe.denoiser.identity()
         return {"calibration": self.config.to_dict(), "student": codes}
 
     def _state(self) -> dict[str, Tensor]:

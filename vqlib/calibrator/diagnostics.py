@@ -18,6 +18,7 @@ from vqlib.calibrator.teacher import following, teacher_output
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.models import dit, pipeline
+from vqlib.models.denoiser import Output
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.quantizer.subvectors import split
@@ -34,7 +35,7 @@ def subvector_gradients(
     names = {module: name for name, module in quantized_layers(model).items()}
     total: dict[str, Tensor] = {}
 
-    def add_gradients(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def add_gradients(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
         for name, gradient in _weight_gradients(student, names, args, kwargs, output).items():
             total[name] = total[name] + gradient if name in total else gradient
 
@@ -53,7 +54,7 @@ def fresh_losses(
     """
     total = [0.0] * len(dit.block_list(model))
 
-    def add_loss(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def add_loss(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
         total[index] += block_loss(student(*args, **kwargs), output).item() / batches
 
     _walk(pipe, model, config, batches, add_loss)
@@ -131,7 +132,7 @@ def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig |
     trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
     blocks = dit.block_list(model)
 
-    def follow(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def follow(index: int, args: tuple, kwargs: dict, output: Output) -> None:
         visit(index, blocks[index], args, kwargs, output)
 
     with following(pipe.transformer, follow):
@@ -140,7 +141,7 @@ def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig |
 
 
 def _weight_gradients(
-    student: nn.Module, names: Mapping[nn.Module, str], args: tuple, kwargs: dict, output: Tensor
+    student: nn.Module, names: Mapping[nn.Module, str], args: tuple, kwargs: dict, output: Output
 ) -> dict[str, Tensor]:
     """dL/dW of one block's quantized layers, name -> [out, in]: from their inputs and the gradients of their outputs."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # layer -> its input, and a zero added to its output

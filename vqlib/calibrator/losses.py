@@ -8,22 +8,24 @@ from torch import Tensor
 
 from vqlib import kernels
 from vqlib.config import CalibrationConfig
+from vqlib.models.denoiser import Output, compared
 
 
-def block_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels], in float32 at least.
+def block_loss(student: Output, teacher: Output) -> Tensor:
+    """L_d of one block: the mean squared difference of its outputs [R, tokens, channels], of all streams, in float32 at least.
 
     Eq. 8 has the squared norm, tokens · channels times as much: `distance_weight` says which of the two is weighed
     against L_r. Losses are reported as means, so that models and layers compare.
     """
+    student, teacher = compared(student), compared(teacher)
     if student.itemsize < 4:
         student = student.float()
     return (student - teacher).pow(2).mean()
 
 
-def distance_weight(config: CalibrationConfig, output: Tensor, blocks: int = 1) -> float:
+def distance_weight(config: CalibrationConfig, output: Output, blocks: int = 1) -> float:
     """λ_d for a sum of `blocks` means: Eq. 8's sum over tokens, channels and blocks of an image, or one mean."""
-    return config.lambda_d * (output[0].numel() if config.block_loss == "sum" else 1 / blocks)
+    return config.lambda_d * (compared(output)[0].numel() if config.block_loss == "sum" else 1 / blocks)
 
 
 def absolute_ratio_loss(logits: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlib.calibrator.trajectory import Inputs
 from vqlib.models import dit
+from vqlib.models.denoiser import Output
 from vqlib.models.pipeline import Pipeline
 from vqlib.quantizer.soft import soft_layers
 
-Visit = Callable[[int, tuple, dict, Tensor], object]
+Visit = Callable[[int, tuple, dict, Output], object]
 
 
 @torch.no_grad()
 def teacher_forward(pipe: Pipeline, inputs: Inputs) -> Tensor:
-    """The full-precision model's output float32 [R, 2C, h, w] for a batch, without a graph, its blocks' hooks called."""
-    dtype = next(pipe.transformer.parameters()).dtype
-    return dit.forward(pipe.transformer, inputs.x.to(dtype), inputs.timestep, inputs.labels).float()
+    """The full-precision model's output float32 [R, C or 2C, h, w] for a batch, without a graph, its blocks' hooks called."""
+    return pipe.output(*inputs)
 
 
 def teacher_output(pipe: Pipeline, inputs: Inputs) -> Tensor:
@@ -49,7 +49,7 @@ def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
     seen = [0] * len(blocks)
 
     def hook(index: int):
-        def call(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def call(block: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
             seen[index] += 1
             visit(index, args, kwargs, output)
 
@@ -67,12 +67,12 @@ def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def outputs_of(transformer: nn.Module, checkpointing: bool = False) -> Iterator[list[Tensor]]:
+def outputs_of(transformer: nn.Module, checkpointing: bool = False) -> Iterator[list[Output]]:
     """Within the block the outputs of the transformer's blocks are appended to the list, in order.
 
     checkpointing: blocks keep their inputs only, and run again when their gradients are asked for.
     """
-    outputs: list[Tensor] = []
+    outputs: list[Output] = []
     with (
         _checkpointed(transformer) if checkpointing else nullcontext(),
         following(transformer, lambda index, args, kwargs, output: outputs.append(output)),

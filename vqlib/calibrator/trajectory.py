@@ -1,37 +1,35 @@
-"""Zero-data calibration inputs: the full-precision model's own DDPM trajectory from Gaussian noise and random classes.
+"""Zero-data calibration inputs: the full-precision model's own trajectory from Gaussian noise and random conditions.
 
 No image is read. Every x_t met on the way is an input; the model output that calibration computes anyway takes the next
-DDPM step, so a trajectory costs no forward pass of its own.
+step of the model's process, so a trajectory costs no forward pass of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqlib.config import CalibrationConfig
-from vqlib.models.ddpm import NoiseSchedule, guide
 from vqlib.models.pipeline import Pipeline
+from vqlib.models.process import guide
 from vqlib.system.memory import sent
 
-GUIDED_CHANNELS = 3  # of the latents, as DiT samples
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """One batch for the transformer: x_t [R, C, h, w], timesteps int64 [R], labels int64 [R]; the last half is unconditional."""
+class Inputs(NamedTuple):
+    """One batch for the transformer: x_t [R, C, h, w], timesteps [R], labels int64 [R]; the last half is unconditional."""
 
     x: Tensor
     timestep: Tensor
     labels: Tensor
+    guidance_scale: float = 1.0  # of a model whose guidance is an input
 
 
 class Trajectory:
-    """B images on their way from noise; `inputs()` is the batch to evaluate, `advance(output)` takes one DDPM step.
+    """B images on their way from noise; `inputs()` is the batch to evaluate, `advance(output)` takes one step.
 
-    Image b starts anew from fresh noise and a random class when it arrives. All draws of move m come from a generator of
+    Image b starts anew from fresh noise and a random condition when it arrives. All draws of move m come from a generator of
     the CPU's, seeded with (seed, m): a seed means the same inputs on every device, and `state()` needs no generator. With `staggered` order image b is b/B of a trajectory ahead.
     """
 
@@ -40,9 +38,10 @@ class Trajectory:
             raise ValueError(f"{pipe.name} is in training mode, which drops class labels at random; call .eval() first")
         self.config, self.device = config, pipe.device
         self.classes, self.null_class, self.shape = len(pipe.class_names), pipe.null_class, pipe.latent_shape
-        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps).to(self.device)
-        self.posterior = self.schedule.posterior()
-        self.sigma = (1.0 - self.schedule.alphas_cumprod).sqrt().float()  # [S]
+        self.guided = config.guided and pipe.denoiser.halves
+        self.guided_channels = pipe.denoiser.guided_channels(self.shape[0])
+        schedule = pipe.schedule.respace(config.steps).to(self.device)
+        self.timesteps, self.reverse = schedule.timesteps, schedule.reverse()
         self.moves = 0
         batch = config.batch_size
         generator = self._generator()
@@ -61,25 +60,23 @@ class Trajectory:
         return self._batch(self.student_x)
 
     def signal(self, output: Tensor, inputs: Inputs) -> Tensor:
-        """What an output (ε, v) for `inputs` leaves of x_t when the noise it sees is taken away: (x_t − σ ε, −σ v), σ² = 1 − ᾱ.
+        """What an output for `inputs` leaves of x_t when the noise it sees is taken away, see `Step.signal`.
 
-        The first C channels are √ᾱ x̂_0, so two models that are at other places of the same path can be compared.
+        So two models that are at other places of the same path can be compared.
         """
-        sigma = self.sigma[self.step].view(-1, 1, 1, 1)
-        noise = sigma.repeat(len(output) // len(sigma), 1, 1, 1) * output
-        return torch.cat([inputs.x - noise[:, : self.shape[0]], -noise[:, self.shape[0] :]], dim=1)
+        step = self.step.repeat(len(output) // len(self.step))  # both halves are at the same ones
+        return self.reverse.signal(output, inputs.x, step)
 
     def _batch(self, x: Tensor) -> Inputs:
-        timestep = self.schedule.timesteps[self.step]
-        labels = self.labels
-        if self.config.guided:
+        timestep, labels = self.timesteps[self.step], self.labels
+        if self.guided:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
-        return Inputs(x, timestep, labels)
+        return Inputs(x, timestep, labels, self.config.guidance_scale)
 
     @torch.no_grad()
     def advance(self, output: Tensor, student_output: Tensor | None = None) -> None:
-        """Move every image one step along, given the full-precision output [R, 2C, h, w] for `inputs()`.
+        """Move every image one step along, given the full-precision output [R, C or 2C, h, w] for `inputs()`.
 
         The student's x_t goes with it or, given its output for `student_inputs()`, takes its own step by the same noise.
         """
@@ -131,10 +128,9 @@ class Trajectory:
 
     def _moved(self, x: Tensor, output: Tensor, noise: Tensor) -> Tensor:
         """x_{t−1} from x_t by the output of a model for it."""
-        if self.config.guided:
-            output = guide(output, self.config.guidance_scale, min(GUIDED_CHANNELS, self.shape[0]))
-        mean, log_variance = self.posterior.predict(output, x, self.step)
-        return mean + (0.5 * log_variance).exp() * noise
+        if self.guided:
+            output = guide(output, self.config.guidance_scale, self.guided_channels)
+        return self.reverse.next(output, x, self.step, noise)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.moves)

@@ -1,4 +1,4 @@
-"""DDPM with learned variance: Ho et al. (2020) and Nichol & Dhariwal (2021), as DiT is trained and sampled.
+"""DDPM (Ho et al. 2020; Nichol & Dhariwal 2021) with learned, small or large variance, and DDIM (Song et al. 2021).
 
 All coefficients are kept in float64 and are rounded once, where they meet the latents.
 """
@@ -6,23 +6,41 @@ All coefficients are kept in float64 and are rounded once, where they meet the l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from vqlib.system.settings import as_integer
 
+VARIANCES = ("learned", "small", "large", "none")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("linspace", "leading", "trailing")
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A forward process q(x_t | x_0) and the model time that belongs to each of its S steps.
+    """A forward process q(x_t | x_0), the model time that belongs to each of its S steps, and how it is reversed.
 
-    betas: float64 [S], variance added by each step; timesteps: int64 [S], the time the model is told (0 … T−1).
+    betas: float64 [S], variance added by each step; timesteps: int64 [S], the time the model is told (0 … T−1). `variance` of a
+    reverse step: "learned" by the model, "small" (the posterior's β̃), "large" (β), or "none": DDIM's step, without noise.
+    `prediction`: what the model's output is, the noise ε, v = √ᾱ ε − √(1 − ᾱ) x_0, or x_0. `spacing` of fewer steps:
+    "linspace" from first to last, "leading" every (T // steps)th from `offset` on, "trailing" backwards from the last.
     """
 
     betas: Tensor
     timesteps: Tensor
+    variance: str = "learned"
+    prediction: str = "epsilon"
+    spacing: str = "linspace"
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("variance", VARIANCES), ("prediction", PREDICTIONS), ("spacing", SPACINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}")
+        if self.variance == "learned" and self.prediction != "epsilon":
+            raise ValueError(f"prediction={self.prediction!r} is not supported with a learned variance, only 'epsilon'")
 
     @classmethod
     def linear(cls, train_timesteps: int = 1000, start: float = 1e-4, end: float = 2e-2) -> NoiseSchedule:
@@ -33,6 +51,15 @@ class NoiseSchedule:
             raise ValueError(f"{total} betas from {start!r} to {end!r}: need at least 1, and 0 < start ≤ end < 1")
         betas = torch.linspace(start, end, train_timesteps, dtype=torch.float64)
         return cls(betas, torch.arange(train_timesteps))
+
+    @property
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule whose √ᾱ is shifted to 0 in the last step and scaled to what it was in the first (Lin et al. 2024)."""
+        if self.prediction == "epsilon":
+            raise ValueError("a terminal SNR of zero leaves nothing of x_0 in x_T: ε alone does not tell it")
+        root = self.alphas_cumprod.sqrt()
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        return replace(self, betas=1.0 - abar / torch.cat([abar.new_ones(1), abar[:-1]]))
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -47,15 +74,33 @@ class NoiseSchedule:
         total = len(self)
         if not 1 <= steps <= total:
             raise ValueError(f"steps={steps} is outside 1 … {total}, the number of training timesteps")
-        stride = (total - 1) / (steps - 1) if steps > 1 else 0.0
-        kept = torch.tensor([round(i * stride) for i in range(steps)], dtype=torch.int64, device=self.betas.device)
+        kept = torch.tensor(self._kept(steps), dtype=torch.int64, device=self.betas.device)
         abar = self.alphas_cumprod[kept]
         previous = torch.cat([abar.new_ones(1), abar[:-1]])
-        return NoiseSchedule(1.0 - abar / previous, self.timesteps[kept])
+        return replace(self, betas=1.0 - abar / previous, timesteps=self.timesteps[kept])
+
+    def _kept(self, steps: int) -> list[int]:
+        total = len(self)
+        if self.spacing == "leading":
+            kept = [i * (total // steps) + self.offset for i in range(steps)]
+        elif self.spacing == "trailing":
+            kept = [round(total - i * total / steps) - 1 for i in reversed(range(steps))]
+        else:
+            stride = (total - 1) / (steps - 1) if steps > 1 else 0.0
+            kept = [round(i * stride) for i in range(steps)]
+        if kept[-1] >= total:
+            raise ValueError(
+                f"steps={steps} from {self.offset} on end at {kept[-1]}, after the last of {total} timesteps"
+            )
+        return kept
 
     def to(self, device: torch.device) -> NoiseSchedule:
         """The same schedule on a device, where its steps and latents are."""
-        return NoiseSchedule(self.betas.to(device), self.timesteps.to(device))
+        return replace(self, betas=self.betas.to(device), timesteps=self.timesteps.to(device))
+
+    def reverse(self) -> Reverse:
+        """The step from x_t to x_{t−1}."""
+        return Reverse(self.posterior(), self.alphas_cumprod, self.variance, self.prediction)
 
     def posterior(self) -> Posterior:
         """The coefficients of q(x_{t−1} | x_t, x_0) for every step."""
@@ -108,11 +153,15 @@ class Posterior:
         posterior's β̃_t and β_t (Nichol & Dhariwal 2021, eq. 15).
         """
         epsilon, v = output.chunk(2, dim=1)
-        x0 = _as(self.sqrt_recip_abar[step], x_t) * x_t - _as(self.sqrt_recipm1_abar[step], x_t) * epsilon
+        x0 = self.x0(epsilon, x_t, step)
         fraction = (v + 1.0) / 2.0
         log_variance = fraction * _as(self.max_log_variance[step], x_t)
         log_variance = log_variance + (1.0 - fraction) * _as(self.min_log_variance[step], x_t)
         return self.mean(x0, x_t, step), log_variance
+
+    def x0(self, epsilon: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """x_0 from the noise ε in x_t."""
+        return _as(self.sqrt_recip_abar[step], x_t) * x_t - _as(self.sqrt_recipm1_abar[step], x_t) * epsilon
 
     def variational_bound(self, output: Tensor, x0: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """L_t of each image in nats per dimension, [B]: KL(q ‖ p) for t > 0, Gaussian negative log-likelihood at t = 0."""
@@ -126,16 +175,57 @@ class Posterior:
         return torch.where(_as(step == 0, x_t).bool(), likelihood, kl).flatten(1).mean(1)
 
 
+@dataclass(frozen=True)
+class Reverse:
+    """One step back of a `NoiseSchedule`, for steps [B] on the coefficients' device."""
+
+    posterior: Posterior
+    alphas_cumprod: Tensor
+    variance: str
+    prediction: str
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a step draws noise."""
+        return self.variance != "none"
+
+    def to(self, device: torch.device) -> Reverse:
+        """The same step on a device."""
+        return replace(self, posterior=self.posterior.to(device), alphas_cumprod=self.alphas_cumprod.to(device))
+
+    def next(self, output: Tensor, x_t: Tensor, step: Tensor, noise: Tensor | None) -> Tensor:
+        """x_{t−1} [B, C, h, w] from x_t, the model's output and N(0, 1) noise; without noise the mean, as in the last step."""
+        if self.variance == "learned":
+            mean, log_variance = self.posterior.predict(output, x_t, step)
+        else:
+            x0, epsilon = self._signal_and_noise(output, x_t, step)
+            if self.variance == "none":
+                abar = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])[step]
+                return _as(abar.sqrt(), x_t) * x0 + _as((1.0 - abar).sqrt(), x_t) * epsilon
+            mean = self.posterior.mean(x0, x_t, step)
+            small = self.variance == "small"
+            log_variance = self.posterior.min_log_variance if small else self.posterior.max_log_variance
+            log_variance = _as(log_variance[step], x_t)
+        return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+
+    def signal(self, output: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """√ᾱ x̂_0 = x_t − σ ε, and −σ v of a learned variance; x̂_0 itself of the other predictions. σ² = 1 − ᾱ."""
+        if self.prediction != "epsilon":
+            return self._signal_and_noise(output, x_t, step)[0]
+        noise, channels = _as((1.0 - self.alphas_cumprod[step]).sqrt(), x_t) * output, x_t.shape[1]
+        return torch.cat([x_t - noise[:, :channels], -noise[:, channels:]], dim=1)
+
+    def _signal_and_noise(self, output: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 and ε from an output [B, C, h, w] of this prediction (Salimans & Ho 2022, for v)."""
+        abar = self.alphas_cumprod[step]
+        signal, noise = _as(abar.sqrt(), x_t), _as((1.0 - abar).sqrt(), x_t)
+        if self.prediction == "epsilon":
+            return self.posterior.x0(output, x_t, step), output
+        if self.prediction == "sample":
+            return output, (x_t - signal * output) / noise
+        return signal * x_t - noise * output, signal * output + noise * x_t
+
+
 def _as(values: Tensor, like: Tensor) -> Tensor:
     """Per-image scalars [B] as [B, 1, 1, 1] on the device and in the dtype of `like`."""
     return values.to(device=like.device, dtype=like.dtype).view(-1, 1, 1, 1)
-
-
-def guide(output: Tensor, guidance_scale: float, channels: int) -> Tensor:
-    """Classifier-free guidance of an output [2B, 2C, h, w] (conditional half first) -> [B, 2C, h, w].
-
-    ε = ε_null + s (ε_class − ε_null) in the first `channels`; all else, the variance too, is the conditional half's.
-    """
-    conditional, null = output.chunk(2)  # [2B, 2C, h, w] -> 2 × [B, 2C, h, w]
-    guided = null[:, :channels] + guidance_scale * (conditional[:, :channels] - null[:, :channels])
-    return torch.cat([guided, conditional[:, channels:]], dim=1)

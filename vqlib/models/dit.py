@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vqlib.kernels.products import DenseLinear, products_in
 
+STREAMS = ("hidden_states", "encoder_hidden_states")  # what passes from block to block, where it goes by name
+
 
 def unwrapped(transformer: nn.Module) -> nn.Module:
     """The model inside of wrappers that forward to it: `torch.compile`'s, data parallel's."""
@@ -23,7 +25,8 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
 def block_list(transformer: nn.Module) -> list[nn.Module]:
     """The transformer's blocks in forward order: the members of its module lists that hold linears. ValueError: there is none."""
     lists = [child for child in unwrapped(transformer).children() if isinstance(child, nn.ModuleList)]
-    blocks = [b for members in lists for b in members if any(isinstance(m, nn.Linear) for m in b.modules())]
+    # Quantized layers are no nn.Linear any more, and have widths all the same.
+    blocks = [b for members in lists for b in members if any(hasattr(m, "in_features") for m in b.modules())]
     if not blocks:
         raise ValueError(f"{type(unwrapped(transformer)).__name__} has no linear layer in a list of blocks")
     return blocks
@@ -67,17 +70,18 @@ def precision(products: str, *transformers: nn.Module) -> Iterator[None]:
     block's loss by a tenth.
     """
 
-    def widen(block: nn.Module, args: tuple) -> tuple:
-        return args[0].float(), *args[1:]
+    def widen(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        wide = {name: kwargs[name].float() for name in STREAMS if isinstance(kwargs.get(name), Tensor)}
+        return (args[0].float(), *args[1:]) if args else (), kwargs | (wide if not args else {})
 
     with ExitStack() as stack:
         first = next(transformers[0].parameters(), torch.empty(0))  # a model without parameters computes on the CPU
         stack.enter_context(products_in(products, first.device))
         for transformer in transformers if products == "bfloat16" else ():
-            stack.callback(block_list(transformer)[0].register_forward_pre_hook(widen).remove)
+            stack.callback(block_list(transformer)[0].register_forward_pre_hook(widen, with_kwargs=True).remove)
         yield
 
 
 def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-    """The transformer's output [R, 2C, h, w] (ε and v) for latents [R, C, h, w], model times [R] and class labels [R]."""
-    return transformer(x, timestep=timestep, class_labels=labels, return_dict=False)[0]
+    """The transformer's output [R, C or 2C, h, w] for latents [R, C, h, w], model times [R] and class labels [R]."""
+    return transformer(x, timestep=timestep, class_labels=labels).sample

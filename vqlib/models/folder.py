@@ -5,32 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.schedulers import require
 
 PARTS = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:safetensors|bin)")
-DIT = "DiTTransformer2DModel"
-LEGACY = "Transformer2DModel"  # the class of the hub's DiT-XL/2, by its norm_type one of several families
-SCHEDULERS = (  # whose betas are a DDPM's; the sampler they stand for is not used
-    *("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
-)
-SCHEDULE = {  # what a scheduler may say beside its betas, what it does not say being the first
-    "prediction_type": ("epsilon",),
-    "beta_schedule": ("linear",),
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
-    "thresholding": (False,),
-    "steps_offset": (0,),
-    "variance_type": ("learned_range", "fixed_small", None),  # the last two are what diffusers writes unasked
-    "timestep_spacing": ("linspace", "leading"),  # so is "leading"; DiT's own respacing is from first to last
-}
 
 
 def require_complete(folder: Path) -> None:
@@ -42,38 +24,11 @@ def require_complete(folder: Path) -> None:
 
 def require_supported(source: str, transformer: dict, vae: dict) -> None:
     """Raises ValueError, naming the setting, where a config.json asks for what is not supported here."""
-    kind = transformer.get("_class_name", DIT)
-    if kind not in (DIT, LEGACY):
-        raise ValueError(f"{source}: the transformer is a {kind}; only {DIT} can be loaded")
-    norm = "ada_norm_zero" if kind == DIT else "layer_norm"
-    _require(source, transformer, {"norm_type": ("ada_norm_zero",)}, norm_type=norm)
-    _require(source, transformer, {"attention_bias": (True,)})
-    require_learned_variance(source, transformer.get("in_channels", 4), transformer.get("out_channels"))
+    if "attention_bias" in transformer:
+        require(source, transformer, {"attention_bias": (True,)})
     if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(f"{source}: the VAE is a {vae['_class_name']}; only AutoencoderKL can be loaded")
-    _require(source, vae, {"latents_mean": (None,), "latents_std": (None,)})
-
-
-def require_learned_variance(source: str, channels: int, out: int | None) -> None:
-    """Raises ValueError where a transformer's output is ε alone."""
-    if out != 2 * channels:
-        raise ValueError(
-            f"{source}: out_channels {out} for in_channels {channels}; a learned variance needs {2 * channels}"
-        )
-
-
-def schedule_of(source: str, config: dict) -> NoiseSchedule:
-    """The training schedule a scheduler_config.json stands for. ValueError naming the scheduler or what is not supported."""
-    kind = config.get("_class_name", SCHEDULERS[0])
-    if kind not in SCHEDULERS or not {"num_train_timesteps", "beta_start", "beta_end"} <= config.keys():
-        raise ValueError(
-            f"{source}: scheduler {kind} has no betas of a DDPM (num_train_timesteps, beta_start, beta_end)"
-        )
-    _require(source, config, SCHEDULE)
-    try:
-        return NoiseSchedule.linear(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    require(source, vae, {"latents_mean": (None,), "latents_std": (None,)})
 
 
 def class_names(source: str, index: dict, count: int) -> tuple[str, ...]:
@@ -140,12 +95,6 @@ def _variant(folder: Path) -> str | None:
     if len(found) > 1 and "" not in found:
         raise ValueError(f"{folder} holds weights of several variants and none plain: {', '.join(found)}")
     return found[0] or None
-
-
-def _require(source: str, config: dict, allowed: dict[str, tuple], **unsaid: Any) -> None:
-    for key, values in allowed.items():
-        if (found := config.get(key, unsaid.get(key, values[0]))) not in values:
-            raise ValueError(f"{source}: {key} {found!r} is not supported, only {', '.join(map(repr, values))}")
 
 
 def _first_line(error: Exception) -> str:

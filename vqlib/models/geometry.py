@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from diffusers import DiTTransformer2DModel
 
 from vqlib.config import VQConfig
 
@@ -54,6 +56,10 @@ class Geometry:
             classes=config["num_embeds_ada_norm"],
         )
 
+    def build(self) -> DiTTransformer2DModel:
+        """diffusers' model of this shape, its weights random."""
+        return DiTTransformer2DModel(**self.config())
+
     def config(self, depth: int | None = None) -> dict[str, int]:
         """Arguments of diffusers' DiTTransformer2DModel; `depth` gives another number of blocks."""
         return {
@@ -66,6 +72,10 @@ class Geometry:
             "out_channels": self.out_channels,
             "num_embeds_ada_norm": self.classes,
         }
+
+    def first(self, depth: int) -> Geometry:
+        """The same shape with the first blocks alone."""
+        return replace(self, depth=depth)
 
     @property
     def tokens(self) -> int:
@@ -85,6 +95,20 @@ class Geometry:
     @property
     def block_biases(self) -> int:
         return sum(out for out, _ in self.linears().values())
+
+    @property
+    def weights(self) -> int:
+        """Quantized weights of all blocks."""
+        return self.depth * self.block_weights
+
+    @property
+    def biases(self) -> int:
+        return self.depth * self.block_biases
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of every quantized linear."""
+        return self.depth * list(self.linears().values())
 
     @property
     def embedder_weights(self) -> int:
@@ -111,9 +135,13 @@ class Geometry:
 
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
-        layers = self.depth * len(self.linears())
-        books = {"layer": layers, "block": self.depth, "model": 1}[vq.codebook_scope]
-        scales = 0 if vq.codebook_scope == "layer" else 4 * layers
-        weights, biases = self.depth * self.block_weights, 4 * self.depth * self.block_biases
-        codes = weights // vq.d * (vq.k - 1).bit_length() / 8
-        return Sizes((4 * weights + biases) / MIB, codes / MIB, (4 * books * vq.k * vq.d + scales) / MIB, biases / MIB)
+        return counted(self.weights, self.biases, len(self.shapes), self.depth, vq)
+
+
+def counted(weights: int, biases: int, layers: int, blocks: int, vq: VQConfig) -> Sizes:
+    """Sizes of so many weights and biases in so many layers and blocks."""
+    books = {"layer": layers, "block": blocks, "model": 1}[vq.codebook_scope]
+    scales = 0 if vq.codebook_scope == "layer" else 4 * layers
+    codes = weights // vq.d * (vq.k - 1).bit_length() / 8
+    books = 4 * books * vq.k * vq.d + scales
+    return Sizes(4 * (weights + biases) / MIB, codes / MIB, books / MIB, 4 * biases / MIB)

@@ -1,49 +1,76 @@
-"""A pipeline: load it by name, from a folder in diffusers' layout, a hub id, or an original DiT's `.pt` file."""
+"""A pipeline: load it by name, from a folder in diffusers' layout, a hub id, or an original DiT's or SiT's `.pt` file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
 from vqlib.models import dit, folder, original
+from vqlib.models.class_conditional import DiT, SiT
 from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.denoiser import Denoiser
+from vqlib.models.families import Family, class_name, denoiser_for, family_of, model_class
+from vqlib.models.flow import FlowMatching
+from vqlib.models.process import Process
+from vqlib.models.prompts import Prompts
+from vqlib.models.schedulers import FLOW, process_of
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 BUNDLED = "dit-mini-fashion"
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"  # the one DiT was trained with; an original .pt file holds none
+PROMPTS = "prompts.safetensors"  # in the folder of a text-to-image model
+ORIGINALS = {"dit": (DiT(), NoiseSchedule.linear()), "sit": (SiT(original=True), FlowMatching())}  # of a `.pt` file
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A class-conditional latent diffusion model: everything sampling and calibration need, in eval mode.
+    """A conditional latent diffusion or flow model: everything sampling and calibration need, in eval mode.
 
-    Raises ValueError where its parts do not fit: no learned variance, no row for "no class", another number of classes or
-    latent channels.
+    Raises ValueError where its parts do not fit: no row for "no class", another number of classes or latent channels, no
+    learned variance where the process counts on one, a transformer that no adapter knows.
     """
 
     name: str
     transformer: nn.Module
     vae: AutoencoderKL
-    schedule: NoiseSchedule  # the full training schedule, T steps
-    class_names: tuple[str, ...]
+    schedule: Process  # in all of its steps
+    class_names: tuple[str, ...]  # what can be asked for by number: classes, or prompts
+    denoiser: Denoiser | None = None  # how the transformer is driven; None: as its class is known
 
     def __post_init__(self) -> None:
-        _require_fitting(self.name, dit.unwrapped(self.transformer), self.vae, len(self.class_names))
+        transformer = dit.unwrapped(self.transformer)
+        if self.denoiser is None:
+            flow = isinstance(self.schedule, FlowMatching)
+            object.__setattr__(self, "denoiser", denoiser_for(self.name, transformer, flow))
+        _require_fitting(self, transformer)
 
     @property
     def null_class(self) -> int:
-        """The label that stands for 'no class' in classifier-free guidance: the one after the last class."""
+        """The condition that stands for "none" in classifier-free guidance: the one after the last."""
         return len(self.class_names)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one latent."""
-        config = dit.unwrapped(self.transformer).config
-        return config.in_channels, config.sample_size, config.sample_size
+        return self.denoiser.latent_shape(dit.unwrapped(self.transformer))
+
+    def output(
+        self, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float, model: nn.Module | None = None
+    ) -> Tensor:
+        """The output float32 [R, C or 2C, h, w] for latents [R, C, h, w], model times [R] and conditions [R].
+
+        What of it is beyond the latents' channels is a variance, and left away where the process has one of its own. `model`:
+        another than this pipeline's, of the same family.
+        """
+        model = self.transformer if model is None else model
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        output = self.denoiser.forward(model, x.to(dtype), timestep, labels, guidance_scale).float()
+        return output if _learned(self.schedule) else output[:, : x.shape[1]]
 
     @property
     def device(self) -> torch.device:
@@ -76,19 +103,25 @@ def load(
     vae: str | Path = ORIGINAL_VAE,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    family: str = "dit",
+    prompts: Prompts | str | Path | Sequence[str] | None = None,
 ) -> Pipeline:
     """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, a hub id such as `facebook/DiT-XL-2-256`, or
     the original `DiT-XL-2-256x256.pt`, whose VAE is then the folder or hub id `vae`.
 
     `device`: "cpu", "cuda:1", … or "auto", the GPU where there is one. Weights are widened to float32 unless `dtype` says
-    otherwise; a folder that holds only one variant (fp16, …) serves. Raises FileNotFoundError naming what was looked for where a
-    folder is incomplete, ValueError naming the first wrong key of a `.pt` file, a setting of the folder's that is not
-    supported, or a device that is not here.
+    otherwise; a folder that holds only one variant (fp16, …) serves. `family`: of a `.pt` file, "dit" or "sit", which look
+    alike. `prompts`, for a text-to-image model: what `Prompts.save` wrote, by default `prompts.safetensors` in the folder, or
+    texts, which need the folder's text encoders and the transformers package. Raises FileNotFoundError naming what was looked for where a folder is incomplete, ValueError
+    naming the first wrong key of a `.pt` file, a setting of the folder's that is not supported, or a device that is not here.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is none of torch's floating types")
+    if family not in ORIGINALS:
+        raise ValueError(f"family {family!r} is not one of {', '.join(ORIGINALS)}")
     device, path = device_of(device), Path(name).expanduser()
-    pipe = _load_original(path, vae) if path.suffix == ".pt" or path.is_file() else _load_folder(name)
+    single = path.suffix == ".pt" or path.is_file()
+    pipe = _load_original(path, vae, family) if single else _load_folder(name, prompts)
     if dtype != torch.float32:  # diffusers has something to say of every cast
         pipe.transformer.to(dtype)
     return pipe.to(device)
@@ -110,7 +143,7 @@ def device_of(name: str | torch.device) -> torch.device:
     return device
 
 
-def _load_folder(name: str | Path) -> Pipeline:
+def _load_folder(name: str | Path, prompts: Prompts | str | Path | Sequence[str] | None) -> Pipeline:
     bundled = DATA / str(name)
     path = bundled if (bundled / folder.PARTS[0]).is_file() else Path(name).expanduser()
     source = str(path) if path.is_dir() else str(name)
@@ -121,16 +154,45 @@ def _load_folder(name: str | Path) -> Pipeline:
             f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'"
         )
     index, *configs, scheduler = (folder.read_json(source, part) for part in folder.PARTS)
+    kind, flow = class_name(source, configs[0]), scheduler.get("_class_name") == FLOW
+    family = family_of(source, kind, flow)
     folder.require_supported(source, *configs)
-    schedule = folder.schedule_of(source, scheduler)
-    transformer = folder.read_model(DiTTransformer2DModel, source, "transformer")
-    names = folder.class_names(source, index, transformer.config.num_embeds_ada_norm)
+    learned = _learns_variance(configs[0]) and family.encode is None
+    process_of(source, scheduler, learned, 1, family.ends_at_minimum)  # refused before weights are read
+    prompts = _prompts(source, family, prompts) if family.encode else None
+    transformer = dit.with_fast_products(folder.read_model(model_class(kind), source, "transformer"))
     vae = folder.read_model(AutoencoderKL, source, "vae")
-    return Pipeline(str(name), dit.with_fast_products(transformer), vae, schedule, names)
+    if prompts is None:
+        denoiser, names = family.denoiser(), folder.class_names(source, index, transformer.config.num_embeds_ada_norm)
+    else:
+        denoiser, names = family.denoiser(prompts), prompts.texts
+    _, height, width = denoiser.latent_shape(transformer)
+    tokens = height * width // 4  # of patches of 2 × 2
+    schedule = process_of(source, scheduler, learned, tokens, family.ends_at_minimum)
+    return Pipeline(str(name), transformer, vae, schedule, names, denoiser)
 
 
-def _load_original(path: Path, vae: str | Path) -> Pipeline:
-    """A pipeline around an original transformer: DiT's own schedule, classes by number."""
+def _prompts(source: str, family: Family, prompts: Prompts | str | Path | Sequence[str] | None) -> Prompts:
+    if isinstance(prompts, Prompts):
+        return prompts
+    if isinstance(prompts, (str, Path)):
+        return Prompts.load(prompts)
+    if not prompts and (beside := Path(source) / PROMPTS).is_file():
+        return Prompts.load(beside)
+    if not prompts:
+        raise ValueError(
+            f"{source} takes prompts: give prompts= a file of them, or texts, or put {PROMPTS} into the folder"
+        )
+    try:
+        encoders = DiffusionPipeline.from_pretrained(source, transformer=None, vae=None)
+    except ImportError as error:
+        raise ValueError(f"{source}: texts need the transformers package ({error}); give prompts= a file") from None
+    with torch.no_grad():
+        return family.encode(encoders, prompts)
+
+
+def _load_original(path: Path, vae: str | Path, family: str) -> Pipeline:
+    """A pipeline around an original transformer: its family's own process, classes by number."""
     transformer = dit.with_fast_products(original.read_transformer(path))
     home = Path(vae).expanduser()
     subfolder = "vae" if (home / "vae" / "config.json").is_file() else None
@@ -142,23 +204,28 @@ def _load_original(path: Path, vae: str | Path) -> Pipeline:
             "give vae= a folder with an AutoencoderKL or a whole pipeline"
         ) from None
     names = tuple(str(i) for i in range(transformer.config.num_embeds_ada_norm))
-    return Pipeline(str(path), transformer, decoder, NoiseSchedule.linear(), names)
+    denoiser, schedule = ORIGINALS[family]
+    return Pipeline(str(path), transformer, decoder, schedule, names, denoiser)
 
 
-def _require_fitting(name: str, transformer: nn.Module, vae: AutoencoderKL | None, classes: int) -> None:
+def _learned(process: Process) -> bool:
+    return getattr(process, "variance", None) == "learned"
+
+
+def _learns_variance(config: dict) -> bool:
+    return config.get("out_channels") == 2 * config.get("in_channels", 4)
+
+
+def _require_fitting(pipe: Pipeline, transformer: nn.Module) -> None:
+    pipe.denoiser.require_fitting(pipe.name, transformer, len(pipe.class_names))
+    channels = pipe.latent_shape[0]
     config = getattr(transformer, "config", None)
-    if config is None:
-        raise ValueError(f"{name}: a {type(transformer).__name__} has no config: it is no DiT of diffusers'")
-    channels, known = config.in_channels, config.num_embeds_ada_norm
-    folder.require_learned_variance(name, channels, config.out_channels)
-    if classes != known:
-        raise ValueError(f"{name}: {classes} class names for a transformer of {known} classes")
-    for key, module in transformer.named_modules():
-        # Guidance and calibration ask for "no class", the row behind the classes.
-        if key.endswith("class_embedder.embedding_table") and module.num_embeddings != classes + 1:
-            rows = module.num_embeddings
-            raise ValueError(f"{name}: {rows} rows for {classes} classes: the one for no class is missing ({key})")
-    if vae is not None and vae.config.latent_channels != channels:
+    if _learned(pipe.schedule) and config is not None and not _learns_variance(config):
+        out = config.get("out_channels")
         raise ValueError(
-            f"{name}: the VAE has {vae.config.latent_channels} latent channels, the transformer {channels}"
+            f"{pipe.name}: out_channels {out} for in_channels {channels}; a learned variance needs {2 * channels}"
+        )
+    if pipe.vae is not None and pipe.vae.config.latent_channels != channels:
+        raise ValueError(
+            f"{pipe.name}: the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer {channels}"
         )

@@ -1,7 +1,7 @@
-"""The original DiT's sampler: respaced DDPM, learned variance, classifier-free guidance, one generator per image.
+"""Sampling: respaced steps of the model's process, classifier-free guidance, one generator per image.
 
-What differs from diffusers' `DiTPipeline`: the learned variance is used, the first 3 of the 4 latent channels are
-guided, images are truncated to uint8 instead of rounded, and every image draws all its noise from its own seed. x_0 is
+What differs from diffusers' pipelines: of a DiT the learned variance is used and the first 3 of the 4 latent channels are
+guided, as the original does; images are truncated to uint8 instead of rounded, and every image draws all its noise from its own seed. x_0 is
 never clipped: latents have no bounds, and `clip_sample` in a folder's scheduler, true where nobody asked, is not heeded.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from vqlib.config import SamplingConfig
 from vqlib.kernels.products import products_in
 from vqlib.models import dit
-from vqlib.models.ddpm import NoiseSchedule, Posterior, guide
 from vqlib.models.pipeline import Pipeline
+from vqlib.models.process import guide
 from vqlib.system.memory import keep_freed_memory, sent
 from vqlib.system.settings import as_integer, as_seed
 
@@ -67,7 +67,7 @@ def sample_batches(
     """Yield uint8 [b, C, H, W] in order, b ≤ config.batch_size, holding one batch at a time.
 
     An image depends on its own label and seed only; to go on after n images, pass `class_labels[n:]` and `seeds[n:]`.
-    `steps` and `guidance_scale` override the config. `preview(done, latents)` is called after each DDPM step with the
+    `steps` and `guidance_scale` override the config. `preview(done, latents)` is called after each step with the
     number of steps done and x [b, C, h, w]; if it returns False, SamplingCancelled is raised.
     Raises FloatingPointError where latents or images are not finite, and ValueError, before anything is computed, on a seed
     that is no integer of 32 bits, on a label outside the classes, on counts that differ, on more steps
@@ -109,14 +109,16 @@ class _Sampler:
         self.pipe, self.config = pipe, config
         parameter = next((p for p in pipe.transformer.parameters() if p.is_floating_point()), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = torch.float32 if parameter is None else parameter.dtype
-        self.schedule: NoiseSchedule = pipe.schedule.respace(config.steps)
-        self.posterior: Posterior = self.schedule.posterior().to(self.device)
+        schedule = pipe.schedule.respace(config.steps)
+        self.timesteps, self.reverse = schedule.timesteps.to(self.device), schedule.reverse().to(self.device)
+        self.guided = config.guided and pipe.denoiser.halves
+        channels = pipe.latent_shape[0]
+        self.channels = config.guidance_channels or pipe.denoiser.guided_channels(channels)
         if self.device.type == "cpu":
             keep_freed_memory()
 
     def latents(self, labels: list[int], seeds: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield (steps done, x [b, C, h, w] float32) after each DDPM step, from pure noise to x_0."""
+        """Yield (steps done, x [b, C, h, w] float32) after each step, from pure noise to x_0."""
         count = len(labels)
         filler = max(0, SMALLEST_FORWARD - count)  # repeats the last image; dropped before anyone sees it
         label = sent(torch.tensor(labels + labels[-1:] * filler), self.device)
@@ -125,10 +127,9 @@ class _Sampler:
         good = torch.zeros(len(label), dtype=torch.int32, device=self.device)  # steps after which an image was finite
         for done, index in enumerate(reversed(range(self.config.steps)), start=1):
             step = torch.full_like(label, index)
-            mean, log_variance = self.posterior.predict(self.output(x, label, index), x, step)
-            x = mean  # the last step adds no noise
-            if index > 0:
-                x = x + (0.5 * log_variance).exp() * self.noise(generators)
+            output = self.output(x, label, index)
+            noise = self.noise(generators) if self.reverse.noisy and index > 0 else None  # the last step adds none
+            x = self.reverse.next(output, x, step, noise)
             good += finite(x)
             if self.device.type == "cpu" or index == 0:  # elsewhere a look at every step would wait for the device
                 require_finite(good[:count], done, f"latents after step {{}} of {self.config.steps}", labels, seeds)
@@ -140,15 +141,14 @@ class _Sampler:
         return sent(torch.stack(draws), self.device)  # B × [C, h, w] -> [B, C, h, w]
 
     def output(self, x: Tensor, label: Tensor, index: int) -> Tensor:
-        """The model's (guided) ε and v at schedule step `index`, float32 [B, 2C, h, w]; one forward of B or 2B."""
-        guided = self.config.guided
-        if guided:
+        """The model's (guided) output at step `index`, float32 [B, C or 2C, h, w]; one forward of B or 2B."""
+        if self.guided:
             x = torch.cat([x, x])  # [B, C, h, w] -> [2B, C, h, w]
             label = torch.cat([label, torch.full_like(label, self.pipe.null_class)])  # [B] -> [2B]
-        timestep = torch.full_like(label, int(self.schedule.timesteps[index]))
+        timestep, scale = self.timesteps[index].repeat(len(label)), self.config.guidance_scale
         with dit.precision(self.config.products, self.pipe.transformer):
-            output = self.pipe.transformer(x.to(self.dtype), timestep=timestep, class_labels=label).sample.float()
-        return guide(output, self.config.guidance_scale, self.config.guidance_channels) if guided else output
+            output = self.pipe.output(x, timestep, label, scale)
+        return guide(output, scale, self.channels) if self.guided else output
 
     def decode(self, latents: Tensor, labels: list[int], seeds: list[int]) -> Tensor:
         """Latents [b, C, h, w] to uint8 images [b, C', H, W] on the CPU."""
@@ -221,7 +221,7 @@ def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: Sampling
             known = f"0 … {classes - 1}, the model's classes"
             raise ValueError(f"class label {label} (image {position}) is outside {known}")
     channels = pipe.latent_shape[0]
-    if config.guidance_channels > channels:
+    if (config.guidance_channels or 0) > channels:
         raise ValueError(f"guidance_channels={config.guidance_channels} but the latents have {channels} channels")
     if pipe.transformer.training:
         raise ValueError("the transformer is in training mode, which drops class labels at random; call .eval() first")

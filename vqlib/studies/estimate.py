@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
-from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration
@@ -25,7 +24,9 @@ from vqlib.calibrator.hessians import BATCHES, input_hessians
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
+from vqlib.models.blueprint import Blueprint
 from vqlib.models.ddpm import NoiseSchedule
+from vqlib.models.flow import FlowMatching
 from vqlib.models.geometry import MIB, Geometry
 from vqlib.models.pipeline import Pipeline, device_of
 from vqlib.models.sampling import DECODED_AT_ONCE
@@ -74,15 +75,17 @@ class Estimate:
         return f"{self.job} on {self.device}, estimated:\n{self.table().to_string(index=False, formatters=formats)}"
 
 
-def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.device | str | None = None) -> Estimate:
-    """What `job` will take with `source`: a loaded pipeline, or a Geometry alone (then without the decoding of images).
+def estimate(
+    source: Pipeline | Geometry | Blueprint, job: Preset | str, device: torch.device | str | None = None
+) -> Estimate:
+    """What `job` will take with `source`: a loaded pipeline, or its shape alone (then without the decoding of images).
 
     device: by name, by default the pipeline's, else the CPU. Takes seconds for the bundled model and on a GPU, longer for
     DiT-XL/2 on a CPU. Nothing is written but a temporary folder.
     """
     job = preset(job) if isinstance(job, str) else job
     pipe = source if isinstance(source, Pipeline) else None
-    geometry = Geometry.of(pipe.transformer.config) if pipe else source
+    geometry = _shape(pipe) if pipe else source
     device = device_of(device or (pipe.device if pipe else "cpu"))
     _compile(job.vq, device)
     held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
@@ -92,14 +95,15 @@ def estimate(source: Pipeline | Geometry, job: Preset | str, device: torch.devic
     run = _Probe(probe, student, job.calibration)
     calibration = run.seconds * job.calibration.iterations + run.checkpoint * _checkpoints(job.calibration)
     calibration += _moves(job.calibration) * run.teacher
-    sampling = _sampling(probe.with_transformer(harden(student)), job, device) if job.images else 0.0
-    share = len(dit.block_list(student)) / geometry.depth
+    share = sum(layer.weight.numel() for layer in dit.quantizable(probe.transformer).values()) / geometry.weights
+    flops = share * geometry.flops()
+    sampling = _sampling(probe.with_transformer(harden(student)), job, device, flops) if job.images else 0.0
     seconds = {"codebooks": (fit + moments) / share, "calibration": calibration / share, "sampling": sampling / share}
     seconds["sampling"] += _decoding(pipe, job, device) if pipe and job.images else 0.0
     checkpoints = int(2 * run.state / share)  # the old one and the new one
     disk = {"codebooks": 0, "calibration": checkpoints + _packed(geometry, job.vq)}
     disk["sampling"] = job.images * _image_bytes(pipe, geometry) if job.images else 0
-    return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run), disk)
+    return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run, share), disk)
 
 
 class _Probe:
@@ -117,9 +121,7 @@ class _Probe:
             self.state = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         self.optimizer = sum(t.numel() * t.element_size() for one in run.optimizers() for t in one.state().values())
         inputs = Trajectory(probe, short).inputs()
-        self.teacher = _fastest(
-            partial(dit.forward, probe.transformer, inputs.x, inputs.timestep, inputs.labels), device, 2
-        )
+        self.rows, self.teacher = len(inputs.x), _fastest(partial(probe.output, *inputs), device, 2)
 
 
 def _moments(probe: Pipeline, job: Preset, device: torch.device) -> tuple[dict[str, torch.Tensor] | None, float]:
@@ -140,41 +142,50 @@ def _compile(vq: VQConfig, device: torch.device) -> None:
     hessians = input_hessians(probe, single, 1) if vq.assignment == "error-feedback" else None
     student = quantize(probe.transformer, vq, hessians=hessians)
     _Probe(probe, student, single)
-    dit.forward(harden(student), *_inputs(probe, 2))
+    probe.output(*_inputs(probe, 2), model=harden(student))
 
 
-def _first_blocks(pipe: Pipeline | None, geometry: Geometry, device: torch.device) -> Pipeline:
+def _first_blocks(pipe: Pipeline | None, geometry: Geometry | Blueprint, device: torch.device) -> Pipeline:
     """A pipeline, without VAE, of the first blocks alone, or of seeded ones of that geometry; at least one."""
-    depth = min(geometry.depth, max(1, int(PROBE_WEIGHTS // geometry.block_weights)))
+    depth = min(geometry.depth, max(1, int(PROBE_WEIGHTS * geometry.depth // geometry.weights)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer = DiTTransformer2DModel(**geometry.config(depth)).eval().requires_grad_(False)
+        transformer = geometry.first(depth).build().eval().requires_grad_(False)
     if pipe:
         weights = pipe.transformer.state_dict()
         transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
     transformer = dit.with_fast_products(transformer)
-    schedule = pipe.schedule if pipe else NoiseSchedule.linear()
-    return Pipeline("probe", transformer.to(device), None, schedule, tuple(map(str, range(geometry.classes))))
+    names = tuple(map(str, range(geometry.classes))) if isinstance(geometry, Geometry) else ("a prompt",)
+    if pipe:
+        return Pipeline("probe", transformer.to(device), None, pipe.schedule, pipe.class_names, pipe.denoiser)
+    denoiser = None if isinstance(geometry, Geometry) else geometry.denoiser()
+    schedule = FlowMatching() if denoiser else NoiseSchedule.linear()  # what a step takes is the model's part
+    return Pipeline("probe", transformer.to(device), None, schedule, names, denoiser)
 
 
-def _inputs(probe: Pipeline, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _shape(pipe: Pipeline) -> Geometry | Blueprint:
+    return Blueprint.of(pipe) if hasattr(pipe.denoiser, "prompts") else Geometry.of(pipe.transformer.config)
+
+
+def _inputs(probe: Pipeline, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     x = torch.randn(rows, *probe.latent_shape, generator=torch.Generator().manual_seed(0)).to(probe.device)
-    return x, torch.full((rows,), 500, device=probe.device), torch.zeros(rows, dtype=torch.int64, device=probe.device)
+    timestep, labels = (torch.full((rows,), value, device=probe.device) for value in (500, 0))
+    return x, timestep, labels, 1.0
 
 
-def _sampling(packed: Pipeline, job: Preset, device: torch.device) -> float:
+def _sampling(packed: Pipeline, job: Preset, device: torch.device, flops: float) -> float:
     """Seconds of the probe's blocks in all forward passes of sampling, from one of as many rows as affordable."""
-    guided = 2 if job.sampling.guided else 1
+    guided = 2 if job.sampling.guided and packed.denoiser.halves else 1
     rows = guided * min(job.sampling.batch_size, job.images)
-    affordable = PROBE_FLOPS.get(device.type, 3e11) / Geometry.of(packed.transformer.config).flops()
+    affordable = PROBE_FLOPS.get(device.type, 3e11) / flops
     tried = min(rows, max(4, int(affordable)))
     inputs = _inputs(packed, tried)
     with torch.inference_mode():
-        seconds = _fastest(partial(dit.forward, packed.transformer, *inputs), device, 3)
+        seconds = _fastest(partial(packed.output, *inputs), device, 3)
     return seconds / tried * guided * job.images * job.sampling.steps
 
 
-def _image_bytes(pipe: Pipeline | None, geometry: Geometry) -> int:
+def _image_bytes(pipe: Pipeline | None, geometry: Geometry | Blueprint) -> int:
     """Of one image as uint8; without a pipeline, of DiT-XL/2's VAE: 3 channels, 8 pixels a latent's side."""
     if pipe is None:
         return 3 * (8 * geometry.sample_size) ** 2
@@ -188,43 +199,41 @@ def _decoding(pipe: Pipeline, job: Preset, device: torch.device) -> float:
     return _fastest(partial(pipe.decode, latents), device, 2) * job.images / DECODED_AT_ONCE
 
 
-def _memory(geometry: Geometry, job: Preset, held: int, student: nn.Module, run: _Probe) -> dict[str, int]:
+def _memory(
+    geometry: Geometry | Blueprint, job: Preset, held: int, student: nn.Module, run: _Probe, share: float
+) -> dict[str, int]:
     """Bytes at the peak of each stage, from what the blocks of the probe hold."""
     soft = [layer for layer in student.modules() if isinstance(layer, CandidateLinear)]
-    tried = len(dit.block_list(student))
-    layers = sum(t.numel() * t.element_size() for layer in soft for t in layer.state_dict().values()) // tried
-    optimizer, largest = run.optimizer // tried, max(len(layer.candidates) for layer in soft)
+    layers = sum(t.numel() * t.element_size() for layer in soft for t in layer.state_dict().values()) / share
+    largest = max(len(layer.candidates) for layer in soft)
     depth, config = geometry.depth, job.calibration
-    rest = 4 * (geometry.parameters_in_memory - depth * (geometry.block_weights + geometry.block_biases))
+    rest = 4 * (geometry.parameters_in_memory - geometry.weights - geometry.biases)
     row = 4 * geometry.tokens * geometry.hidden
-    rows = config.batch_size * (2 if config.guided else 1)
     graphs = depth if config.block_inputs == "end-to-end" else 1
-    graph = graphs * (IN_GRAPH * rows * row + layers + 3 * 4 * geometry.block_weights)
+    graph = graphs * (IN_GRAPH * run.rows * row + (layers + 3 * 4 * geometry.weights) / depth)
     on_cpu = soft[0].candidates.device.type == "cpu"
-    snapshot = depth * run.state // tried if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
+    snapshot = run.state / share if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
     search = largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq)
     parts = {
-        "codebooks": depth * layers + search,
-        "calibration": depth * (layers + optimizer) + graph + snapshot,
+        "codebooks": layers + search,
+        "calibration": layers + run.optimizer / share + graph + snapshot,
         "sampling": _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
     }
-    return {stage: held + rest + own for stage, own in parts.items()}
+    return {stage: int(held + rest + own) for stage, own in parts.items()}
 
 
-def _moments_memory(geometry: Geometry, vq: VQConfig) -> int:
+def _moments_memory(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
     """Bytes of all second moments in float32 and of error feedback's work on the widest layer in float64."""
     if vq.assignment == "nearest":
         return 0
-    shapes = geometry.linears().values()
-    moments = geometry.depth * sum(into**2 for _, into in shapes)
-    return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in shapes)
+    moments = sum(into**2 for _, into in geometry.shapes)
+    return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in geometry.shapes)
 
 
-def _packed(geometry: Geometry, vq: VQConfig) -> int:
+def _packed(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
     """Bytes of the packed file: codes, float32 codebooks, all else once in float16."""
     sizes = geometry.sizes(vq)
-    rest = geometry.parameters - geometry.depth * geometry.block_weights
-    return int((sizes.codes + sizes.codebooks) * MIB) + 2 * rest
+    return int((sizes.codes + sizes.codebooks) * MIB) + 2 * (geometry.parameters - geometry.weights)
 
 
 def _checkpoints(config: CalibrationConfig) -> int:

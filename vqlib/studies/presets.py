@@ -3,6 +3,8 @@
 dit-xl-2-256-w2, -w3, -w4      facebook/DiT-XL-2-256 or DiT-XL-2-256x256.pt
 dit-xl-2-512-w2, -w3, -w4      facebook/DiT-XL-2-512 or DiT-XL-2-512x512.pt
 dit-mini-fashion-w2, -w3, -w4  the bundled model
+sit-xl-2-256-w2, -w3, -w4      the original SiT-XL-2-256x256.pt, with family="sit"
+pixart-sigma-xl-1024-w2, sd3.5-medium-w2, flux.1-dev-w2, each with -w3, -w4; they take prompts
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.models.blueprint import FLUX_DEV, PIXART_SIGMA_XL, SD35_MEDIUM, Blueprint
 from vqlib.models.geometry import Geometry, Sizes
 from vqlib.models.pipeline import BUNDLED, DATA
 from vqlib.system.settings import as_integer
@@ -25,12 +28,13 @@ class Preset:
 
     name: str
     model: str  # what `vqlib.load` takes; a local folder or `.pt` file of the same geometry serves as well
-    geometry: Geometry
+    geometry: Geometry | Blueprint
     vq: VQConfig
     calibration: CalibrationConfig
     sampling: SamplingConfig
     images: int  # of one table row
     reference: str | None  # of evaluation; None: the user's own file, for ImageNet ADM's .npz
+    family: str = "dit"  # of an original `.pt` file
 
     def __post_init__(self) -> None:
         if as_integer("images", self.images) < 0:
@@ -52,10 +56,12 @@ class Preset:
     @property
     def quoted(self) -> dict[str, Any] | None:
         """The row of data/paper/fid.csv for this model, resolution and bits; None, or NaN in a cell, where it is not known."""
+        if not self.name.startswith("dit-xl-2"):
+            return None
         table = pd.read_csv(DATA / "paper" / "fid.csv")
         resolution = 8 * self.geometry.sample_size
         same = (table["method"] == "VQ4DiT") & (table["bits"] == self.vq.bits) & (table["resolution"] == resolution)
-        rows = table[same & (self.name.startswith("dit-xl-2"))]
+        rows = table[same]
         return None if rows.empty else rows.iloc[0].to_dict()
 
     def with_settings(self, settings: Mapping[str, Any]) -> Preset:
@@ -107,5 +113,35 @@ def _bundled(bits: int) -> Preset:
     return Preset(name, *job, images=1000, reference="fashion-mnist-test")
 
 
-JOBS = [_paper(resolution, bits) for resolution in (256, 512) for bits in (2, 3, 4)]
-PRESETS = {job.name: job for job in [*JOBS, *map(_bundled, (2, 3, 4))]}
+def _sit(bits: int) -> Preset:
+    """SiT-XL/2: DiT-XL/2's shape, trained by flow matching."""
+    return replace(_paper(256, bits), name=f"sit-xl-2-256-w{bits}", model="SiT-XL-2-256x256.pt", family="sit")
+
+
+def _text_to_image(name: str, model: str, geometry: Blueprint, steps: int, scale: float, bits: int) -> Preset:
+    """The paper's codes and calibration along trajectories of the model's own steps and guidance; images of 1024 × 1024."""
+    job = _paper(512, bits)
+    return replace(
+        job,
+        name=f"{name}-w{bits}",
+        model=model,
+        geometry=geometry,
+        calibration=job.calibration.replace(batch_size=4, steps=steps, guidance_scale=scale),
+        sampling=job.sampling.replace(batch_size=4, steps=steps, guidance_scale=scale),
+        images=1000,
+    )
+
+
+TEXT_TO_IMAGE = (
+    ("pixart-sigma-xl-1024", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", PIXART_SIGMA_XL, 20, 4.5),
+    ("sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium", SD35_MEDIUM, 40, 4.5),
+    ("flux.1-dev", "black-forest-labs/FLUX.1-dev", FLUX_DEV, 28, 3.5),
+)
+BITS = (2, 3, 4)
+JOBS = [_paper(resolution, bits) for resolution in (256, 512) for bits in BITS]
+JOBS += [
+    *map(_bundled, BITS),
+    *map(_sit, BITS),
+    *(_text_to_image(*job, bits) for job in TEXT_TO_IMAGE for bits in BITS),
+]
+PRESETS = {job.name: job for job in JOBS}
