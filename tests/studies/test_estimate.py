@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 
+import families
 import pytest
 import tiny
 import torch
@@ -9,6 +10,7 @@ from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
+from vqlib.models.blueprint import Blueprint
 from vqlib.models.geometry import Geometry
 from vqlib.packed.checkpoint import save
 from vqlib.quantizer.quantize import quantize
@@ -127,3 +129,25 @@ def test_a_pipeline_without_a_vae_is_estimated_where_no_images_are_asked_for():
     pipe = dataclasses.replace(tiny.pipeline(), vae=None)
     found = estimate(pipe, JOB.with_settings({"images": 0}))
     assert found.seconds["calibration"] > 0 and found.seconds["sampling"] == found.disk["sampling"] == 0
+
+
+@pytest.mark.parametrize("family", ["SiT", "PixArt", "SD3", "FLUX"])
+def test_other_families_are_estimated_with_and_without_weights(family):
+    pipe = families.ALL[family]()
+    job = JOB.with_settings({"vq.d": 2, "vq.k": 8, "images": 4})
+    found = estimate(pipe, job)
+    assert all(value > 0 for value in (*found.seconds.values(), *found.memory.values()))
+    if family != "SiT":
+        shape = Blueprint.of(pipe)
+        assert shape.weights == sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
+        alone = estimate(shape, job)
+        assert alone.disk["calibration"] == pytest.approx(found.disk["calibration"], rel=0.01)
+
+
+def test_a_probe_of_the_first_block_of_sd3_takes_the_weights_that_fit(monkeypatch):
+    monkeypatch.setattr(module, "PROBE_WEIGHTS", 1)
+    pipe = families.sd3()
+    probe = module._first_blocks(pipe, Blueprint.of(pipe), torch.device("cpu"))
+    assert len(dit.block_list(probe.transformer)) == 1
+    ours, theirs = (model.transformer_blocks[0].attn.to_q.weight for model in (probe.transformer, pipe.transformer))
+    assert torch.equal(ours, theirs)

@@ -47,9 +47,10 @@ class Blueprint:
 
     def first(self, depth: int) -> Blueprint:
         """The same shape with the first blocks alone; of two kinds of blocks as many of each."""
-        config = dict(self.config) | {"num_layers": depth}
-        if "num_single_layers" in signature(model_class(self.kind)).parameters:
-            config["num_single_layers"] = depth
+        config = dict(self.config)
+        found = signature(model_class(self.kind)).parameters
+        for name in {"num_layers", "num_single_layers"} & found.keys():
+            config[name] = min(depth, self.config.get(name, found[name].default))
         if "dual_attention_layers" in config:
             config["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < depth)
         return replace(self, config=config)

@@ -153,7 +153,9 @@ def _first_blocks(pipe: Pipeline | None, geometry: Geometry | Blueprint, device:
         transformer = geometry.first(depth).build().eval().requires_grad_(False)
     if pipe:
         weights = pipe.transformer.state_dict()
-        transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
+        # SD3's last block has other shapes than those before it: there the random values stay.
+        fitting = {name: weights[name] for name, own in transformer.state_dict().items() if _fits(weights, name, own)}
+        transformer.load_state_dict(fitting, strict=False)
     transformer = dit.with_fast_products(transformer)
     names = tuple(map(str, range(geometry.classes))) if isinstance(geometry, Geometry) else ("a prompt",)
     if pipe:
@@ -161,6 +163,10 @@ def _first_blocks(pipe: Pipeline | None, geometry: Geometry | Blueprint, device:
     denoiser = None if isinstance(geometry, Geometry) else geometry.denoiser()
     schedule = FlowMatching() if denoiser else NoiseSchedule.linear()  # what a step takes is the model's part
     return Pipeline("probe", transformer.to(device), None, schedule, names, denoiser)
+
+
+def _fits(weights: dict[str, torch.Tensor], name: str, own: torch.Tensor) -> bool:
+    return name in weights and weights[name].shape == own.shape
 
 
 def _shape(pipe: Pipeline) -> Geometry | Blueprint:
