@@ -32,6 +32,7 @@ from vqlib.packed.timing import compare
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
+from vqlib.quantizer.quantize import codebooks
 from vqlib.system.files import write_bytes
 from vqlib.system.memory import forget_peak, peak_memory
 
@@ -82,16 +83,16 @@ class Proof:
         settings = vqlib.recipe("best", timestep_order="sequential", products="tf32")
         vq, layers = vqlib.recipe_vq("best"), dit.quantizable(self.xl.transformer)
         warm = next(iter(layers.values())).weight[:256].reshape(-1, vq.d)
-        fit_codebook(warm, vq.k)
+        fit_codebook(warm, vq.k)  # compiles
         forget_peak(DEVICE)
         books, passes, row = {}, 0, {"layers": len(layers)}
 
         def fit() -> None:
-            for name, layer in layers.items():
-                books[name] = fit_codebook(layer.weight.reshape(-1, vq.d), vq.k)
+            for name, book in codebooks({name: {name: layer} for name, layer in layers.items()}, vq):
+                books[name] = book.codewords, len(book.history)
 
         row["k-means s"] = timed(fit)[1]
-        passes = sum(len(book.history) for book in books.values()) / len(books)
+        passes = sum(count for _, count in books.values()) / len(books)
         hessians, row["second moments s"] = timed(lambda: vqlib.input_hessians(self.xl, settings, batches=8))
         split = {"factors s": 0.0, "candidates s": 0.0, "refit s": 0.0}
         last, columns = None, None
@@ -100,7 +101,7 @@ class Proof:
                 last = hessians[name]
                 columns, seconds = timed(lambda: Columns.of(last, vq.d))
                 split["factors s"] += seconds
-            book = books[name].codewords
+            book = books[name][0]
             found, seconds = timed(lambda: candidates_with_feedback(layer.weight, columns, book, vq.candidates, vq.ratio_start))  # fmt: skip
             split["candidates s"] += seconds
             split["refit s"] += timed(lambda: refit(layer.weight, last, found.indices[:, 0].long(), book))[1]

@@ -13,10 +13,10 @@ from vqlib.config import SamplingConfig, VQConfig, recipe
 from vqlib.models import dit, sampling
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
-from vqlib.quantizer import codebook
+from vqlib.quantizer import codebook, lloyd
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
-from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.quantize import codebooks, quantize
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 SETTINGS = {"iterations": 10, "batch_size": 4, "steps": 5}
@@ -103,9 +103,34 @@ def test_second_moments_and_error_feedback_stay_on_the_device(models, gpu, back_
 
 def test_codebooks_are_found_on_the_device(models, gpu, back_end, monkeypatch):
     monkeypatch.setattr(codebook, "_draws", codebook._draws.__wrapped__)  # no fake tensors in a cache
+    monkeypatch.setattr(lloyd, "_iterations", four_passes)
     pipe, _ = models()
-    student = quantize(pipe.transformer, VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3))
+    layers = dit.quantizable(pipe.transformer)
+    groups, sizes = {name: {name: layer} for name, layer in layers.items()}, {m.weight.numel() for m in layers.values()}
+    before = gpu.waits.total(), gpu.copies.total()
+    books = dict(codebooks(groups, VQConfig(k=16, d=4)))
+    assert list(sorted(books)) == sorted(layers)
+    assert gpu.waits.total() - before[0] == len(sizes) * (4 + 2) and gpu.copies.total() == before[1]
+    assert back_end == "twins" or gpu.operations["_sums_kernel"] == len(sizes) * 4
+    student = quantize(pipe.transformer, VQConfig(k=16, d=4, candidates=2))
     assert {p.device.type for p in student.parameters()} == {NAME}
+
+
+def four_passes(x, codewords, iterations, tolerance):
+    """A layer's iterations where nothing has a value that could tell when to stop."""
+    for _ in range(4):
+        sums = yield codewords
+    return lloyd.Minimum(codewords, sums, [1.0])
+
+
+def test_a_weight_is_rebuilt_from_its_codes_in_one_launch(gpu, back_end):
+    if back_end == "twins":
+        pytest.skip("torch has no such operation")
+    layer = VQLinear(16, 24, True, 4, 10, device=NAME)
+    for dtype in (torch.float32, torch.bfloat16):
+        before = gpu.operations.total()
+        assert layer.weight(dtype).dtype == dtype
+        assert gpu.operations.total() == before + 1 and gpu.waits.total() == 0
 
 
 def test_a_packed_model_runs_and_samples_on_the_device(models, gpu, back_end, monkeypatch):

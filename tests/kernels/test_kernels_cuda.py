@@ -80,8 +80,8 @@ def _kernels():
     pointers = dict.fromkeys(("values", "grad", "squares", "loss"), FLOAT)
     found["rmsprop"] = cuda_ratios._rmsprop_kernel, pointers | numbers
     gather = {"codes": BYTES, "count": "i32", "size": "i32"}
-    for bits, d, kind in ((8, 4, "*fp16"), (12, 3, FLOAT)):
-        values = gather | {"table": kind, "out": kind} | cuda_gather.gather_sizes(bits, d)
+    for bits, d, kinds in ((8, 4, ("*fp16", "*bf16")), (12, 3, (FLOAT, FLOAT))):
+        values = gather | {"codebook": kinds[0], "scale": FLOAT, "out": kinds[1]} | cuda_gather.gather_sizes(bits, d)
         found[f"gather {bits} {d}"] = cuda_gather._gather_kernel, values
     return found
 

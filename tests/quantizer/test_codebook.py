@@ -4,11 +4,16 @@ import pytest
 import torch
 
 from vqlib.quantizer import codebook as module
-from vqlib.quantizer.codebook import cached_codebook, fit_codebook
+from vqlib.quantizer import lloyd
+from vqlib.quantizer.codebook import cached_codebooks, fit_codebook, fit_codebooks
 
 
 def _points(count=6000, d=4, seed=0):
     return torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
+
+
+def _cached(x, k, folder, **options):
+    return cached_codebooks({"layer": x}, k, folder, **options)["layer"]
 
 
 def _plain_lloyd(x, codewords, iterations):
@@ -65,8 +70,8 @@ def test_large_layers_are_fitted_to_a_sample_first(monkeypatch):
     x, seen = _points(20000, 4), []
     monkeypatch.setattr(module, "_LARGE", 20000)
     monkeypatch.setattr(module, "_SAMPLE", 64)
-    lloyd = module._lloyd
-    monkeypatch.setattr(module, "_lloyd", lambda x, *a: seen.append(len(x)) or lloyd(x, *a))
+    iterate = module.lloyd
+    monkeypatch.setattr(module, "lloyd", lambda x, *a: seen.append(x.shape[1]) or iterate(x, *a))
     fitted = fit_codebook(x, 64)
     assert seen == [64 * 64, 20000]
     fit_codebook(x[1:], 64)
@@ -108,13 +113,13 @@ def test_an_empty_codeword_takes_the_farthest_point_of_the_worst_cluster():
     x = torch.tensor([[0.0], [1.0], [10.0], [30.0], [14.0]])
     codewords = torch.tensor([[0.5], [12.0], [99.0]])
     assignments = torch.tensor([0, 0, 1, 1, 1])
-    taken = module._split_worst(x, codewords, assignments, torch.tensor([2]))
+    taken = lloyd.split_worst(x, codewords, assignments, torch.tensor([2]))
     assert taken.tolist() == [3] and codewords[2].item() == 30.0
 
 
 def test_codewords_left_empty_by_the_last_pass_are_filled():
     x = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
-    codewords, assignments = module._fill_empty(x, torch.tensor([[0.0], [7.0], [1000.0]]), torch.tensor([0, 0, 1, 1]))
+    codewords, assignments = lloyd.fill_empty(x, torch.tensor([[0.0], [7.0], [1000.0]]), torch.tensor([0, 0, 1, 1]))
     assert torch.bincount(assignments, minlength=3).min() > 0
     assert (x - codewords[assignments]).abs().sum() <= 4.0
 
@@ -157,9 +162,9 @@ def test_half_precision_weights_are_accepted():
 
 def test_cache_answers_the_second_call_without_fitting(tmp_path, monkeypatch):
     x = _points(800)
-    first = cached_codebook(x, 16, tmp_path, seed=2)
-    monkeypatch.setattr(module, "fit_codebook", lambda *a, **o: pytest.fail("fitted again"))
-    again = cached_codebook(x, 16, tmp_path, seed=2)
+    first = _cached(x, 16, tmp_path, seed=2)
+    monkeypatch.setattr(module, "fit_codebooks", lambda *a, **o: pytest.fail("fitted again"))
+    again = _cached(x, 16, tmp_path, seed=2)
     assert torch.equal(again.codewords, first.codewords) and torch.equal(again.assignments, first.assignments)
     assert (again.mse, again.history) == (first.mse, first.history)
 
@@ -167,24 +172,83 @@ def test_cache_answers_the_second_call_without_fitting(tmp_path, monkeypatch):
 def test_cache_keeps_other_weights_and_arguments_apart(tmp_path):
     x = _points(400)
     for points, k, seed in ((x, 8, 0), (x + 1, 8, 0), (x, 9, 0), (x, 8, 1), (x.reshape(-1, 2), 8, 0)):
-        cached_codebook(points, k, tmp_path, seed=seed)
+        _cached(points, k, tmp_path, seed=seed)
     assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"{}" + b])
 def test_damaged_cache_files_are_replaced(tmp_path, damage):
     x = _points(400)
-    first = cached_codebook(x, 8, tmp_path)
+    first = _cached(x, 8, tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert torch.equal(cached_codebook(x, 8, tmp_path).codewords, first.codewords)
+    assert torch.equal(_cached(x, 8, tmp_path).codewords, first.codewords)
     assert path.read_bytes() == whole
 
 
 def test_cached_codes_outside_the_codebook_are_not_believed(tmp_path):
     x = _points(400)
-    first = cached_codebook(x, 8, tmp_path)
+    first = _cached(x, 8, tmp_path)
     (path,) = tmp_path.iterdir()
     module._write_cached(path, module.Codebook(first.codewords, first.assignments + 200, first.mse, first.history))
-    assert torch.equal(cached_codebook(x, 8, tmp_path).assignments, first.assignments)
+    assert torch.equal(_cached(x, 8, tmp_path).assignments, first.assignments)
+
+
+def _alike():
+    """Layers of one shape that end at different times: easy, hard, of few values, with codewords that become empty."""
+    clustered = torch.cat([_points(1, 3).expand(560, 3), _points(40, 3, 3)])
+    few = _points(5, 3)[torch.arange(600) % 5]
+    return {"easy": _points(600, 3) * 1e-3, "hard": _points(600, 3, 1), "few": few, "clustered": clustered}
+
+
+@pytest.mark.parametrize("options", [{}, {"subsample": 8}, {"start": "kmeans++"}, {"start": "random", "seed": 3}])
+def test_layers_fitted_together_have_the_codebooks_that_each_has_alone(options):
+    layers = _alike()
+    together = fit_codebooks(layers, 16, **options)
+    assert list(together) == list(layers)
+    for name, x in layers.items():
+        alone = fit_codebook(x, 16, **options)
+        assert torch.equal(together[name].codewords, alone.codewords)
+        assert torch.equal(together[name].assignments, alone.assignments)
+        assert together[name].history == alone.history
+    assert len({len(book.history) for book in together.values()}) > 2
+
+
+def test_a_layer_that_is_done_takes_no_part_in_later_passes(monkeypatch):
+    seen, passes = [], lloyd.kernels.cluster_sums
+    monkeypatch.setattr(lloyd.kernels, "cluster_sums", lambda x, c: seen.append(len(x)) or passes(x, c))
+    layers = _alike()
+    del layers["few"]  # its own codebook, without a pass
+    fit_codebooks(layers, 16)
+    together, alone = list(seen), []
+    for x in layers.values():
+        seen.clear()
+        fit_codebook(x, 16)
+        alone.append(len(seen))
+    assert len(set(alone)) > 1
+    assert together == [sum(passes > step for passes in alone) for step in range(max(alone))]
+
+
+def test_layers_of_other_shapes_are_not_fitted_together():
+    with pytest.raises(ValueError, match=r"sub-vectors \[50, 4\] are not \[60, 4\], as the first layer's \(to_k\)"):
+        fit_codebooks({"to_q": _points(60), "to_k": _points(50)}, 4)
+
+
+def test_the_one_of_several_layers_that_is_not_finite_is_named(tmp_path):
+    bad = _points(60)
+    bad[3] = torch.nan
+    with pytest.raises(ValueError, match=r"4 of 240 weights are not finite \(to_k\)"):
+        fit_codebooks({"to_q": _points(60), "to_k": bad}, 4)
+
+
+def test_only_what_the_folder_lacks_is_fitted(tmp_path, monkeypatch):
+    layers = {str(seed): _points(200, seed=seed) for seed in range(3)}
+    one = _cached(layers["1"], 8, tmp_path)
+    seen, fit = [], module.fit_codebooks
+    monkeypatch.setattr(
+        module, "fit_codebooks", lambda missing, *a, **o: seen.append(list(missing)) or fit(missing, *a, **o)
+    )
+    found = cached_codebooks(layers, 8, tmp_path)
+    assert seen == [["0", "2"]] and list(found) == ["0", "1", "2"]
+    assert torch.equal(found["1"].codewords, one.codewords) and len(list(tmp_path.iterdir())) == 3

@@ -77,7 +77,7 @@ def test_codebooks_kept_in_a_folder_are_not_fitted_again(scope, codebooks, tmp_p
     plain = quantize(transformer, config, seed=4)
     first = quantize(transformer, config, seed=4, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == codebooks
-    monkeypatch.setattr(codebook, "fit_codebook", lambda *a, **o: pytest.fail("fitted again"))
+    monkeypatch.setattr(codebook, "fit_codebooks", lambda *a, **o: pytest.fail("fitted again"))
     again = quantize(transformer, config, seed=4, cache=tmp_path)
     for student in (first, again):
         assert all(torch.equal(v, student.state_dict()[n]) for n, v in plain.state_dict().items())

@@ -52,13 +52,14 @@ def fresh_losses(
 
     With a seed that calibration has not seen, and a packed model, this is what hardening and chance have left of a run.
     """
-    total = [0.0] * len(dit.block_list(model))
+    seen: list[Tensor] = []  # batch by batch, a batch's blocks in their order
 
     def add_loss(index: int, student: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
-        total[index] += block_loss(student(*args, **kwargs), output).item() / batches
+        seen.append(block_loss(student(*args, **kwargs), output))
 
     _walk(pipe, model, config, batches, add_loss)
-    return total
+    losses, blocks = torch.stack(seen).tolist(), len(dit.block_list(model))  # the only wait of its own
+    return [sum(loss / batches for loss in losses[index::blocks]) for index in range(blocks)]
 
 
 def codeword_agreement(gradients: Tensor, assignments: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -74,10 +74,11 @@ def _function(
 
 
 def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
-    """Points and codewords checked and widened to at least float32."""
-    if x.dim() != 2 or codewords.dim() != 2 or x.shape[1] != codewords.shape[1] or len(codewords) == 0:
+    """Points and codewords, of one layer or of L, checked and widened to at least float32."""
+    alike = x.dim() == codewords.dim() and (x.dim() == 2 or (x.dim() == 3 and len(x) == len(codewords) > 0))
+    if not alike or x.shape[-1] != codewords.shape[-1] or codewords.shape[-2] == 0:
         shapes = f"points {list(x.shape)} and codewords {list(codewords.shape)}"
-        raise ValueError(f"{shapes} must be [N, d] and [k, d], k >= 1")
+        raise ValueError(f"{shapes} must be [N, d] and [k, d], k >= 1, or [L, N, d] and [L, k, d] with L >= 1")
     if x.device != codewords.device:
         raise ValueError(f"points are on {x.device}, codewords on {codewords.device}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, codewords.dtype), torch.float32)
@@ -85,23 +86,31 @@ def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
-    """Index of the nearest codeword of every point; the first of equals. [N, d], [k, d] -> int64 [N]."""
+    """Index of the nearest codeword of every point; the first of equals. [N, d], [k, d] -> int64 [N].
+
+    Layers of one shape together: [L, N, d], [L, k, d] -> [L, N], the same bits as one by one.
+    """
     x, codewords = _pair(x, codewords)
-    return _function("assign", x, codewords, length=x.shape[1])(x, codewords)
+    return _function("assign", x, codewords, length=x.shape[-1])(x, codewords)
 
 
 def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     """Indices of the n nearest codewords, nearest first (Eq. 5). [N, d], [k, d] -> int64 [N, n]; ValueError: n > k."""
     x, codewords = _pair(x, codewords)
+    if x.dim() != 2:
+        raise ValueError(f"points {list(x.shape)} must be [N, d], of one layer")
     if not 1 <= n <= len(codewords):
         raise ValueError(f"n={n} candidates asked for, but the codebook has k={len(codewords)} codewords")
     return _function("nearest", x, codewords, length=x.shape[1])(x, codewords, n)
 
 
 def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
-    """A k-means pass: assign every point, add it up per codeword in float64. [N, d], [k, d] -> [k, d], [k], [k]."""
+    """A k-means pass: assign every point, add it up per codeword in float64. [N, d], [k, d] -> [k, d], [k], [k].
+
+    Layers of one shape together: [L, N, d], [L, k, d] -> [L, k, d], [L, k], [L, k], the same bits as one by one.
+    """
     x, codewords = _pair(x, codewords)
-    return _function("cluster_sums", x, codewords, length=x.shape[1])(x, codewords)
+    return _function("cluster_sums", x, codewords, length=x.shape[-1])(x, codewords)
 
 
 def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
@@ -171,9 +180,10 @@ def settle_ratios(
     return chosen(logits, candidates, k, limit, freeze)
 
 
-def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
-    """out[i] = table[code i], of any floating type: uint8 [ceil(N·bits/8)] as `bits.pack_codes` makes them, [k, d] -> `out` [N, d].
+def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out[i] = scale · codebook[code i], multiplied in float32 and rounded once to the type of `out`; all floating types.
 
-    ValueError for sizes or types that do not fit together.
+    uint8 [ceil(N·bits/8)] as `bits.pack_codes` makes them, [k, d], float32 [] -> `out` [N, d]. ValueError for sizes that do
+    not fit together.
     """
-    return _function("gather", codes)(codes, code_bits, table, out)
+    return _function("gather", codes)(codes, code_bits, codebook, scale, out)

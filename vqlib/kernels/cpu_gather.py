@@ -11,6 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from vqlib.kernels.bits import packed_size
+from vqlib.kernels.reference import scaled
 from vqlib.kernels.threads import run_chunks
 
 _ALONE = 1 << 17  # codes that one thread copies (in 0.2 ms) before another could have been woken
@@ -57,19 +58,20 @@ def _copy_bits(unit, codes, bits, table, out, start, stop):
             out[place + np.uint64(j)] = table[row + np.uint64(j)]
 
 
-def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
-    """out[i] = table[code i]: uint8 [ceil(N·bits/8)] packed as in `vqlib.kernels.bits`, [k, d] -> `out` [N, d].
+def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out[i] = scale · codebook[code i]: uint8 [ceil(N·bits/8)] packed as in `vqlib.kernels.bits`, [k, d], [] -> `out` [N, d].
 
-    A code that names no codeword gives zeros. ValueError for sizes or types that do not fit together.
+    A code that names no codeword gives zeros. ValueError for sizes that do not fit together.
     """
-    (count, d), (k, length) = out.shape, table.shape
-    if codes.shape != (packed_size(count, code_bits),) or d != length or out.dtype != table.dtype or k > 1 << code_bits:
+    (count, d), (k, length) = out.shape, codebook.shape
+    if codes.shape != (packed_size(count, code_bits),) or d != length or k > 1 << code_bits:
         raise ValueError(
-            f"{codes.numel()} bytes of {code_bits}-bit codes and a {table.dtype} codebook [{k}, {length}] "
+            f"{codes.numel()} bytes of {code_bits}-bit codes and a {codebook.dtype} codebook [{k}, {length}] "
             f"do not fill {out.dtype} [{count}, {d}]"
         )
     if not out.is_contiguous():
         raise ValueError(f"out [{count}, {d}] has strides {out.stride()}; it must be contiguous")
+    table = scaled(codebook, scale, out.dtype)
     if k < 1 << code_bits:
         table = torch.nn.functional.pad(table, (0, 0, 0, (1 << code_bits) - k))  # whatever a code says, it stays inside
     size = d * table.element_size()

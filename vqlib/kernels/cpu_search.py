@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from vqlib.kernels.reference import ClusterSums
+from vqlib.kernels.reference import ClusterSums, layer_by_layer
 from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 
 MAX_LENGTH = 16  # beyond this the unrolled inner loop no longer fits in registers and a matrix product wins
@@ -138,6 +138,7 @@ def _prepared(x: Tensor, codewords: Tensor) -> tuple[tuple, np.ndarray, np.ndarr
     return (0,) * d, array(x), table, bias
 
 
+@layer_by_layer
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
     """Index of the nearest codeword of every point: float32 [N, d], [k, d] -> int64 [N]."""
     unit, points, table, bias = _prepared(x, codewords)
@@ -158,6 +159,7 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     return torch.from_numpy(found)
 
 
+@layer_by_layer
 def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
     """Sums, counts and squared norms of each codeword's points: -> float64 [k, d], int64 [k], float64 [k]."""
     unit, points, table, bias = _prepared(x, codewords)

@@ -1,5 +1,6 @@
-"""Packed codes to weights on CUDA: bits to code to codeword, in one pass."""
+"""Packed codes to weights on CUDA: bits to code to codeword to the scaled weight in its type, in one launch."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,8 +14,9 @@ _MOST_BITS = 16  # of a code: with the bits before it they lie in three bytes
 
 @triton.jit
 def _gather_kernel(
-    codes, table, out, count, size, BITS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
+    codes, codebook, scale, out, count, size,
+    BITS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, columns = rows < count, tl.arange(0, WIDTH)[None, :]
     byte = rows * BITS >> 3
@@ -23,8 +25,8 @@ def _gather_kernel(
         word |= tl.load(codes + byte + i, mask=inside & (byte + i < size), other=0).to(tl.int32) << 8 * i
     code = (word >> (rows * BITS & 7).to(tl.int32)) & ((1 << BITS) - 1)
     within = inside[:, None] & (columns < LENGTH)
-    values = tl.load(table + code[:, None] * LENGTH + columns, mask=within, other=0.0)
-    tl.store(out + rows[:, None] * LENGTH + columns, values, mask=within)
+    values = tl.load(codebook + code[:, None] * LENGTH + columns, mask=within, other=0.0).to(tl.float32)
+    tl.store(out + rows[:, None] * LENGTH + columns, values * tl.load(scale), mask=within)
 
 
 def gather_sizes(code_bits: int, d: int) -> dict[str, int]:
@@ -33,12 +35,13 @@ def gather_sizes(code_bits: int, d: int) -> dict[str, int]:
     return {"BITS": code_bits, "LENGTH": d, "WIDTH": width, "ROWS": max(1, _TILE // width)}
 
 
-def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
-    """out[i] = table[code i]: uint8 [ceil(N·bits/8)], [k, d] -> `out` [N, d]."""
-    (count, d), fits = out.shape, code_bits <= _MOST_BITS and out.is_contiguous() and out.dtype == table.dtype
+def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out[i] = scale · codebook[code i]: uint8 [ceil(N·bits/8)], [k, d], float32 [] -> `out` [N, d]."""
+    (count, d), fits = out.shape, code_bits <= _MOST_BITS and out.is_contiguous() and scale.dtype == torch.float32
     if not fits:
-        return reference.gather(codes, code_bits, table, out)
+        return reference.gather(codes, code_bits, codebook, scale, out)
     sizes = gather_sizes(code_bits, d)
     programs = triton.cdiv(count, sizes["ROWS"])
-    launch(_gather_kernel, programs, codes.contiguous(), table.contiguous(), out, count, codes.numel(), **sizes)
+    read = codes.contiguous(), codebook.contiguous(), scale
+    launch(_gather_kernel, programs, *read, out, count, codes.numel(), **sizes)
     return out

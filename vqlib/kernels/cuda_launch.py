@@ -10,11 +10,15 @@ OPTIONS = {"enable_fp_fusion": True}  # multiply-add as in the twins on CUDA; Tr
 
 
 def launch(
-    kernel: triton.JITFunction, programs: int, *arguments: Tensor | int | float | None, **sizes: int | bool
+    kernel: triton.JITFunction,
+    programs: int,
+    *arguments: Tensor | int | float | None,
+    layers: int = 1,
+    **sizes: int | bool,
 ) -> None:
-    """Start `programs` programs of a kernel on the device of its first argument; nothing where there are none."""
+    """Start `programs` programs of a kernel for each of `layers` on the device of its first argument; nothing where there are none."""
     if programs:
         device = arguments[0].device  # Triton launches on the current one
         here = device.type != "cuda" or device.index == torch.cuda.current_device()
         with nullcontext() if here else torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **sizes, **OPTIONS)
+            kernel[(programs, layers)](*arguments, **sizes, **OPTIONS)

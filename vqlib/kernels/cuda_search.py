@@ -1,7 +1,10 @@
 """The nearest codewords on CUDA, and the sums of a k-means pass over them.
 
-No [N, k] scores exist outside the registers. Both repeat bit for bit: sums are added up as integers, in any order.
+No [N, k] scores exist outside the registers. Both repeat bit for bit: sums are added up as integers, in any order. The second
+axis of a grid is the layer, so that one launch serves all layers of a shape.
 """
+
+import math
 
 import torch
 import triton
@@ -25,12 +28,15 @@ _FIXED_BITS = 62  # of a sum in int64, one bit short of its sign
 def _nearest_kernel(
     x, table, bias, found, count, k, n, AFTER: tl.constexpr, LENGTH: tl.constexpr, POINTS: tl.constexpr
 ):
-    """One sweep over the codewords for each of the n places: table [d, k], bias [k] -> found int64 [N, n].
+    """One sweep over the codewords for each of the n places: table [L, d, k], bias [L, k] -> found int64 [L, N, n].
 
     A column of the tile keeps the best of every 32nd codeword; a strict comparison keeps the first of equals there, the
     lowest index among the columns' winners does at the end. From the second sweep on (AFTER) only codewords that come
     after the place before take part: lower score, or equal score and higher index.
     """
+    layer = tl.program_id(1).to(tl.int64)
+    x, found = x + layer * count * LENGTH, found + layer * count * n
+    table, bias = table + layer * LENGTH * k, bias + layer * k
     rows = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     inside = rows < count
     last = tl.full([POINTS], float("inf"), tl.float32)
@@ -73,11 +79,13 @@ def _sums_kernel(
     x, codes, largest, partial, count, k, tables, free, free_square,
     LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add points, the squares of their norms and their number to one of the sums in `partial` int64 [tables, k, d + 2].
+    """Add points, the squares of their norms and their number to one of the sums in `partial` int64 [L, tables, k, d + 2].
 
-    A unit of a coordinate is 2^(e − free), of a squared norm 2^(2e − free_square), with all coordinates below 2^e.
+    A unit of a coordinate is 2^(e − free), of a squared norm 2^(2e − free_square), with all coordinates of the layer below 2^e.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    x, codes, largest = x + layer * count * LENGTH, codes + layer * count, largest + layer
+    partial += layer * tables * k * (LENGTH + 2)
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < count
     columns = tl.arange(0, WIDTH)[None, :]
@@ -99,8 +107,10 @@ def _total_kernel(
     partial, largest, sums, counts, k, tables, free, free_square,
     LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A codeword's sums over all tables: float64 [k, d + 1], coordinates and squared norms; int64 [k]."""
-    code = tl.program_id(0).to(tl.int64)
+    """A codeword's sums over all tables: float64 [L, k, d + 1], coordinates and squared norms; int64 [L, k]."""
+    code, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    partial, largest = partial + layer * tables * k * (LENGTH + 2), largest + layer
+    sums, counts = sums + layer * k * (LENGTH + 1), counts + layer * k
     columns, lines = tl.arange(0, WIDTH), tl.arange(0, ROWS)[:, None]
     total = tl.zeros([WIDTH], tl.int64)
     for first in range(0, tables, ROWS):
@@ -114,8 +124,8 @@ def _total_kernel(
 
 
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
-    """Index of the nearest codeword of every point; the first of equals. float32 [N, d], [k, d] -> int64 [N]."""
-    return nearest(x, codewords, 1)[:, 0]
+    """Index of the nearest codeword of every point; the first of equals. float32 [N, d], [k, d] -> int64 [N], or with [L, …]s."""
+    return nearest(x, codewords, 1)[..., 0]
 
 
 def search_sizes(d: int, n: int) -> dict[str, int | bool]:
@@ -124,17 +134,17 @@ def search_sizes(d: int, n: int) -> dict[str, int | bool]:
 
 
 def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
-    """Indices of the n nearest codewords, nearest first (Eq. 5), by n sweeps: float32 [N, d], [k, d] -> int64 [N, n].
+    """Indices of the n nearest codewords, nearest first (Eq. 5), by n sweeps: float32 [N, d], [k, d] -> int64 [N, n], or with [L, …]s.
 
     Scores are x·c − ½‖c‖² as in `reference.scores`, added up coordinate by coordinate: no tensor core, no TF32.
     """
-    (count, d), k = x.shape, len(codewords)
-    bias = -0.5 * codewords.square().sum(dim=1)  # [k]
-    table = codewords.t().contiguous()  # [k, d] -> [d, k]
+    (count, d), k, axes = x.shape[-2:], codewords.shape[-2], x.shape[:-2]
+    bias = -0.5 * codewords.square().sum(dim=-1)  # [k]
+    table = codewords.mT.contiguous()  # [k, d] -> [d, k]
     sizes = search_sizes(d, n)
-    found = torch.empty(count, n, dtype=torch.int64, device=x.device)
+    found = torch.empty(*axes, count, n, dtype=torch.int64, device=x.device)
     programs = triton.cdiv(count, sizes["POINTS"])
-    launch(_nearest_kernel, programs, x.contiguous(), table, bias, found, count, k, n, **sizes)
+    launch(_nearest_kernel, programs, x.contiguous(), table, bias, found, count, k, n, layers=math.prod(axes), **sizes)
     return found
 
 
@@ -145,22 +155,24 @@ def sums_sizes(d: int) -> dict[str, int]:
 
 
 def cluster_sums(x: Tensor, codewords: Tensor) -> ClusterSums:
-    """A k-means pass over a whole layer: float32 [N, d], [k, d] -> float64 [k, d], int64 [k], float64 [k].
+    """A k-means pass over a whole layer: float32 [N, d], [k, d] -> float64 [k, d], int64 [k], float64 [k], or with [L, …]s.
 
     Coordinates are added up as multiples of 2⁻ᵖ, with p so large that N of the largest still fit into int64: for 2²⁴ points
     that rounds each to 2⁻³⁸ of the largest, where float32 itself rounds to 2⁻²⁴ of every value.
     """
-    (count, d), k, sizes = x.shape, len(codewords), sums_sizes(x.shape[1])
+    (count, d), k, axes, sizes = x.shape[-2:], codewords.shape[-2], x.shape[:-2], sums_sizes(x.shape[-1])
+    layers = math.prod(axes)
     codes, x = assign(x, codewords), x.contiguous()
-    largest = torch.linalg.vector_norm(x, float("inf")) if count else x.new_zeros(())
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=(-2, -1)) if count else x.new_zeros(axes)
     free = _FIXED_BITS - max(1, count).bit_length()
     programs = triton.cdiv(count, sizes["ROWS"])
-    tables = max(1, min(programs, _PARTIAL_BYTES // (8 * k * (d + 2))))
-    partial = torch.zeros(tables, k, d + 2, dtype=torch.int64, device=x.device)
+    tables = max(1, min(programs, _PARTIAL_BYTES // (8 * layers * k * (d + 2))))
+    partial = torch.zeros(*axes, tables, k, d + 2, dtype=torch.int64, device=x.device)
     bits = free, free - d.bit_length()
-    launch(_sums_kernel, programs, x, codes, largest, partial, count, k, tables, *bits, **sizes)
-    sums = torch.empty(k, d + 1, dtype=torch.float64, device=x.device)
-    counts = torch.empty(k, dtype=torch.int64, device=x.device)
+    launch(_sums_kernel, programs, x, codes, largest, partial, count, k, tables, *bits, layers=layers, **sizes)
+    sums = torch.empty(*axes, k, d + 1, dtype=torch.float64, device=x.device)
+    counts = torch.empty(*axes, k, dtype=torch.int64, device=x.device)
     width = triton.next_power_of_2(d + 2)
-    launch(_total_kernel, k, partial, largest, sums, counts, k, tables, *bits, LENGTH=d, WIDTH=width, ROWS=_TABLES)
-    return ClusterSums(sums[:, :d], counts, sums[:, d])
+    totals = {"LENGTH": d, "WIDTH": width, "ROWS": _TABLES}
+    launch(_total_kernel, k, partial, largest, sums, counts, k, tables, *bits, layers=layers, **totals)
+    return ClusterSums(sums[..., :d], counts, sums[..., d])

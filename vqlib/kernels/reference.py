@@ -7,6 +7,7 @@ compiled kernels are tested against these functions; devices without a compiled 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class ClusterSums(NamedTuple):
         """The same on the CPU, read in one copy."""
         if self.sums.device.type == "cpu":
             return self
-        read = torch.cat([self.sums, self.counts[:, None].double(), self.squares[:, None]], dim=1).cpu()
-        return ClusterSums(read[:, :-2], read[:, -2].long(), read[:, -1])
+        read = torch.cat([self.sums, self.counts[..., None].double(), self.squares[..., None]], dim=-1).cpu()
+        return ClusterSums(read[..., :-2], read[..., -2].long(), read[..., -1])
 
 
 class RatioStatistics(NamedTuple):
@@ -69,6 +70,22 @@ def scores(x: Tensor, codewords: Tensor) -> Tensor:
     return total
 
 
+def layer_by_layer(one: Callable) -> Callable:
+    """A function of points [N, d] and codewords [k, d] that takes [L, N, d] and [L, k, d] too, a layer at a time."""
+
+    @wraps(one)
+    def each(x: Tensor, codewords: Tensor, *options):
+        if x.dim() == 2:
+            return one(x, codewords, *options)
+        found = [one(*layer, *options) for layer in zip(x, codewords, strict=True)]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found) if len(found) > 1 else found[0][None]
+        return type(found[0])(*map(torch.stack, zip(*found, strict=True)))
+
+    return each
+
+
+@layer_by_layer
 def assign(x: Tensor, codewords: Tensor) -> Tensor:
     """Index of the nearest codeword of every point: [N, d], [k, d] -> int64 [N]."""
     codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -89,6 +106,7 @@ def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:
     return found
 
 
+@layer_by_layer
 def cluster_sums(x: Tensor, codewords: Tensor, search: Callable[[Tensor, Tensor], Tensor] = assign) -> ClusterSums:
     """Assign every point, by `search`, and add it up under its codeword: [N, d], [k, d] -> [k, d], [k], [k]."""
     k, d = codewords.shape
@@ -191,8 +209,16 @@ def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Ten
     return torch.cat([sums / max(count, 1), used.sum()[None], histogram])
 
 
-def gather(codes: Tensor, code_bits: int, table: Tensor, out: Tensor) -> Tensor:
-    """out[i] = table[code i], a chunk of codes at a time: uint8, [k, d] -> [N, d]."""
+def scaled(codebook: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale · codebook in `dtype`, [k, d]; multiplied in float32 and rounded once."""
+    if scale.device.type == "cpu" and scale.item() == 1.0:  # elsewhere, asking would wait for the device
+        return codebook.to(dtype)
+    return (codebook.float() * scale).to(dtype)
+
+
+def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """out[i] = scale · codebook[code i], a chunk of codes at a time: uint8, [k, d], [] -> [N, d]."""
+    table = scaled(codebook, scale, out.dtype)
     for start in range(0, len(out), CHUNK):
         stop = min(start + CHUNK, len(out))
         torch.index_select(table, 0, unpack_range(codes, code_bits, start, stop), out=out[start:stop])

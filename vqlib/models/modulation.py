@@ -10,6 +10,8 @@ import torch
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
+from vqlib.system.memory import sent
+
 # Matrix products of 1 … 3 rows take other kernels on the CPU, which round differently (see `sampling`).
 FEWEST_ROWS = 4
 
@@ -58,7 +60,7 @@ class ModulationCache:
         cut_off = any(len(held) != self.rows for held in own.held.values())  # the forward before was, by an exception
         if cut_off or len(own.held) not in (0, len(self.tables)) or own.kind != (x.device, x.dtype):
             own.kind, own.known, own.held = (x.device, x.dtype), {}, {}
-        pairs = list(zip(timestep.tolist(), labels.tolist(), strict=True))
+        pairs = list(map(tuple, torch.stack([timestep.double(), labels.double()], dim=1).tolist()))  # the only wait
         new = {pair: image for image, pair in reversed(list(enumerate(pairs))) if pair not in own.known}
         self.hits, self.misses = self.hits + (not new), self.misses + bool(new)
         row_bytes = sum(table.width for table in self.tables) * x.dtype.itemsize
@@ -66,7 +68,7 @@ class ModulationCache:
             return
         own.missing = list(new.values())
         own.known.update({pair: len(own.known) + i for i, pair in enumerate(new)})
-        own.current = torch.tensor([own.known[pair] for pair in pairs], device=x.device)
+        own.current = sent(torch.tensor([own.known[pair] for pair in pairs]), x.device)
 
     def end(self, *_) -> None:
         """After the forward: a block called on its own is not answered from the cache."""

@@ -124,23 +124,17 @@ class VQLinear(nn.Module):
         )
 
     def _gather(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        """scale · C[A] into `out` [N·d]: one compiled pass on the CPU, elsewhere a chunk of codes at a time."""
+        """scale · C[A] into `out` [N·d]: one compiled pass on the CPU, one launch on CUDA."""
         shape = self.out_features, self.in_features
         if torch.compiler.is_compiling():
             table = (self.codebook.float() * self.scale).to(dtype)
             codes = unpack_range(self.codes, self.code_bits, 0, self.count)
             return table.index_select(0, codes).view(shape)  # [N] -> [out, in]
         with torch.no_grad():
-            table = self._table(dtype)
-            flat = torch.empty(self.count * self.d, dtype=dtype, device=table.device) if out is None else out
+            flat = torch.empty(self.count * self.d, dtype=dtype, device=self.codes.device) if out is None else out
             rows = flat.view(self.count, self.d)
-            return kernels.gather(self.codes, self.code_bits, table, rows).view(shape)  # [N, d] -> [out, in]
-
-    def _table(self, dtype: torch.dtype) -> Tensor:
-        """scale · C in `dtype`, [k, d]; rounded once, before the gather."""
-        if self.scale.device.type == "cpu" and self.scale.item() == 1.0:  # elsewhere, asking would wait for the device
-            return self.codebook.to(dtype)
-        return (self.codebook.float() * self.scale).to(dtype)
+            kernels.gather(self.codes, self.code_bits, self.codebook, self.scale, rows)
+            return flat.view(shape)  # [N, d] -> [out, in]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.dense = None  # other codes may come

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlib import kernels
-from vqlib.kernels import ClusterSums
+from vqlib.quantizer.lloyd import fill_empty, lloyd
 from vqlib.system.files import write_tensors
 from vqlib.system.memory import sent
 
 STARTS = ("distinct", "kmeans++", "random")
-_RELAXATION = 0.8  # step of an early iteration beyond the mean, as a share of the move to the mean
 _LARGE = 300_000  # sub-vectors from which the first iterations see a sample only …
 _SAMPLE = 512  # … of as many points per codeword: no higher error, in 3/4 of the time
 _CACHE_VERSION = 2  # raise when fit_codebook gives other results for the same arguments
@@ -52,42 +52,93 @@ def fit_codebook(
     distinct sub-vectors than k: they are then the codewords, the last repeated, and the error is 0. ValueError for fewer
     sub-vectors than k and for values that are not finite; `name` is the layer in the message.
     """
-    x = _checked(x, k, name)
+    options = {"seed": seed, "iterations": iterations, "tolerance": tolerance, "start": start, "subsample": subsample}
+    return fit_codebooks({name: x}, k, **options)[name]
+
+
+def fit_codebooks(
+    layers: Mapping[str, Tensor],
+    k: int,
+    seed: int = 0,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    start: str = "distinct",
+    subsample: int | None = None,
+) -> dict[str, Codebook]:
+    """`fit_codebook` of layers of one shape by name, each [N, d], together: what each would give alone, bit for bit.
+
+    They are copied side by side; a pass over all of them is one launch and one wait for the device.
+    """
+    names, parts = list(layers), _checked(layers, k)
     if start not in STARTS:
         raise ValueError(f"start {start!r} is not one of {', '.join(STARTS)}")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1")
-    draws = _draws(len(x), k, _SAMPLE if subsample is None and len(x) >= _LARGE else subsample, seed)
-    generator = torch.Generator()
-    generator.set_state(draws.state)
-    sample = x if draws.sample is None else x[sent(draws.sample, x.device)]  # [N, d] -> [per codeword · k, d]
-    distinct = _distinct_rows(x, k, sent(draws.first, x.device), generator)
-    if len(distinct) < k:
-        return _exact(x, k)
-    codewords = _start(sample, distinct, k, start, generator)
-    if len(sample) < len(x):
-        codewords, _, _ = _lloyd(sample, codewords, iterations, 0.1 * tolerance)  # cheap passes, so run them out
-    codewords, sums, history = _lloyd(x, codewords, iterations, tolerance)
-    assignments = kernels.assign(x, codewords)
-    if not bool((sums.counts > 0).all()):
-        codewords, assignments = _fill_empty(x, codewords, assignments)
-        history.append((x.double() - codewords[assignments]).square().mean().item())
-    return Codebook(codewords, assignments, history[-1], tuple(history))
+    count, device = len(parts[0]), parts[0].device
+    draws = _draws(count, k, _SAMPLE if subsample is None and count >= _LARGE else subsample, seed)
+    first = sent(draws.first, device)
+    looked_at = torch.stack([x[first] for x in parts]).cpu()  # [L, first, d]
+    found, starts = {}, {}
+    for name, x, rows in zip(names, parts, looked_at, strict=True):
+        generator = torch.Generator()
+        generator.set_state(draws.state)
+        distinct = _distinct_rows(x, rows, k, generator)
+        if len(distinct) < k:
+            found[name] = _exact(x, k)
+        else:
+            starts[name] = x, _start(x, draws.sample, distinct, k, start, generator)
+    if starts:
+        points, codewords = zip(*starts.values(), strict=True)
+        books = _fit(_side_by_side(points), draws.sample, list(codewords), iterations, tolerance)
+        found |= dict(zip(starts, books, strict=True))
+    return {name: found[name] for name in names}
+
+
+def _fit(
+    x: Tensor, sample: Tensor | None, codewords: list[Tensor], iterations: int, tolerance: float
+) -> list[Codebook]:
+    """The codebooks of layers x [L, N, d] from the starts [k, d]: on the sample first, then on all points."""
+    if sample is not None:  # cheap passes, so run them out
+        minima = lloyd(x.index_select(1, sent(sample, x.device)), codewords, iterations, 0.1 * tolerance)
+        codewords = [minimum.codewords for minimum in minima]
+    minima = lloyd(x, codewords, iterations, tolerance)
+    codewords = sent(torch.stack([minimum.codewords for minimum in minima]), x.device)
+    assignments, books = kernels.assign(x, codewords), []
+    for points, own, codes, minimum in zip(x, codewords, assignments, minima, strict=True):
+        own, history = own.clone(), minimum.history  # not a view: it is kept and stored
+        if not bool((minimum.sums.counts > 0).all()):
+            own, codes = fill_empty(points, own, codes)
+            history.append((points.double() - own[codes]).square().mean().item())
+        books.append(Codebook(own, codes, history[-1], tuple(history)))
+    return books
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Layers [N, d] as one tensor [L, N, d], a view where it is one layer."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _label(name: str) -> str:
     return f" ({name})" if name else ""
 
 
-def _checked(x: Tensor, k: int, name: str) -> Tensor:
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"sub-vectors must be floating point [N, d], not {x.dtype} {list(x.shape)}{_label(name)}")
-    if not 1 <= k <= len(x):
-        raise ValueError(f"{len(x)} sub-vectors are fewer than k={k} codewords{_label(name)}")
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {x.numel()} weights are not finite{_label(name)}")
-    return x.detach().float().contiguous()
+def _checked(layers: Mapping[str, Tensor], k: int) -> list[Tensor]:
+    """The layers as float32. ValueError, with the layer's name, for one that has no codebook, or another shape than the first."""
+    shapes = [x.shape for x in layers.values()]
+    for name, x in layers.items():
+        if x.dim() != 2 or not x.is_floating_point():
+            raise ValueError(f"sub-vectors must be floating point [N, d], not {x.dtype} {list(x.shape)}{_label(name)}")
+        if not 1 <= k <= len(x):
+            raise ValueError(f"{len(x)} sub-vectors are fewer than k={k} codewords{_label(name)}")
+        if x.shape != shapes[0]:
+            raise ValueError(
+                f"sub-vectors {list(x.shape)} are not {list(shapes[0])}, as the first layer's{_label(name)}"
+            )
+    counts = torch.stack([(~torch.isfinite(x)).sum() for x in layers.values()]).tolist()
+    for (name, x), bad in zip(layers.items(), counts, strict=True):
+        if bad:
+            raise ValueError(f"{bad} of {x.numel()} weights are not finite{_label(name)}")
+    return [x.detach().float().contiguous() for x in layers.values()]
 
 
 class _Draws(NamedTuple):
@@ -108,12 +159,12 @@ def _draws(count: int, k: int, per_codeword: int | None, seed: int) -> _Draws:
     return _Draws(sample, first, generator.get_state())
 
 
-def _distinct_rows(x: Tensor, k: int, first: Tensor, generator: torch.Generator) -> Tensor:
-    """k different rows of x in random order, fewer where there are no more; looks at all rows only where the `first` do not do."""
-    rows = torch.unique(x[first], dim=0)
+def _distinct_rows(x: Tensor, first: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k different rows of x in random order, on the CPU, fewer where there are no more; looks at all only where the `first` do not do."""
+    rows = torch.unique(first, dim=0)
     if len(rows) < k and len(first) < len(x):
-        rows = torch.unique(x, dim=0)
-    return rows if len(rows) < k else rows[torch.randperm(len(rows), generator=generator)[:k].to(x.device)]
+        rows = torch.unique(x, dim=0).cpu()
+    return rows if len(rows) < k else rows[torch.randperm(len(rows), generator=generator)[:k]]
 
 
 def _exact(x: Tensor, k: int) -> Codebook:
@@ -137,92 +188,16 @@ def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return torch.stack(codewords)
 
 
-def _start(sample: Tensor, distinct: Tensor, k: int, start: str, generator: torch.Generator) -> Tensor:
+def _start(
+    x: Tensor, sample: Tensor | None, distinct: Tensor, k: int, start: str, generator: torch.Generator
+) -> Tensor:
+    """Codewords to start with, from the sample of x where there is one: [k, d]."""
+    if start == "distinct":
+        return distinct
+    x = x if sample is None else x[sent(sample, x.device)]
     if start == "kmeans++":
-        return _plus_plus(sample, k, generator)
-    if start == "random":  # with replacement, so that some codewords may start equal
-        return sample[torch.randint(len(sample), (k,), generator=generator).to(sample.device)]
-    return distinct
-
-
-def _cluster_errors(sums: ClusterSums, codewords: Tensor) -> Tensor:
-    """Σ‖x − c‖² of every cluster from its sums, in float64: -> [k]."""
-    wide = codewords.double()
-    return sums.squares - 2 * (wide * sums.sums).sum(dim=1) + sums.counts * wide.square().sum(dim=1)
-
-
-def _lloyd(x: Tensor, codewords: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, ClusterSums, list[float]]:
-    """Lloyd's iterations: -> codewords [k, d], the sums of the pass that measured them, mse of every accepted pass.
-
-    Steps first overshoot the mean, which halves the number of passes; one that raises the error is taken back. The last
-    steps are plain, so the result is a fixed point of Lloyd's iteration within `tolerance`.
-    """
-    history: list[float] = []
-    relaxation, codewords = _RELAXATION, codewords.cpu()  # a pass over x is the device's, what follows from it is small
-    means = codewords
-    for step in range(iterations + 1):
-        sums = kernels.cluster_sums(x, sent(codewords, x.device)).cpu()  # the only time that a pass waits
-        error = max(0.0, _cluster_errors(sums, codewords).sum().item()) / x.numel()
-        if history and error > history[-1]:
-            if relaxation == 0.0:
-                break  # only rounding can raise the error of a plain step
-            relaxation, codewords = 0.0, means
-            continue
-        stalled = bool(history) and history[-1] - error <= tolerance * history[-1]
-        history.append(error)
-        accepted = codewords, sums
-        if stalled and relaxation == 0.0 and bool((sums.counts > 0).all()):
-            break
-        if stalled or step >= iterations - 2:
-            relaxation = 0.0
-        means = _means(x, sums, codewords)
-        moved = (sums.counts > 0)[:, None]  # a repaired codeword stays on the point it took
-        codewords = torch.where(moved, means + relaxation * (means - codewords), means)
-    codewords, sums = accepted
-    return codewords.to(x.device), sums, history
-
-
-def _means(x: Tensor, sums: ClusterSums, codewords: Tensor) -> Tensor:
-    """Mean of every cluster; an empty one takes the farthest point of one of the worst clusters."""
-    means = (sums.sums / sums.counts.clamp(min=1)[:, None]).float()
-    empty = (sums.counts == 0).nonzero()[:, 0]
-    if len(empty):
-        means = means.to(x.device)
-        _split_worst(x, means, kernels.assign(x, codewords.to(x.device)), empty)
-    return means.cpu()
-
-
-def _split_worst(x: Tensor, codewords: Tensor, assignments: Tensor, empty: Tensor) -> Tensor:
-    """Move each empty codeword, in place, onto the farthest point of its own worst cluster; -> the points taken."""
-    distance = (x - codewords[assignments]).square().sum(dim=1)
-    errors = torch.zeros(len(codewords), dtype=torch.float64, device=x.device)
-    errors.index_add_(0, assignments, distance.double())
-    taken = []
-    worst = errors.argsort(descending=True)
-    for position, code in enumerate(empty.tolist()):
-        cluster = worst[position % len(worst)]
-        inside = torch.where(assignments == cluster, distance, -1.0)
-        point = int(inside.argmax())
-        if inside[point] <= 0:  # fewer clusters with an error than empty codewords: take any point that is off
-            point = int(distance.argmax())
-        codewords[code] = x[point]
-        distance[(x == x[point]).all(dim=1)] = 0.0  # its equals too: of two codewords on one value one stays empty
-        taken.append(point)
-    return torch.tensor(taken, device=x.device)
-
-
-def _fill_empty(x: Tensor, codewords: Tensor, assignments: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every empty codeword at least one point without raising the error."""
-    codewords = codewords.clone()
-    for _ in range(len(codewords)):
-        counts = torch.bincount(assignments, minlength=len(codewords))
-        empty = (counts == 0).nonzero()[:, 0]
-        if len(empty) == 0:
-            break
-        points = _split_worst(x, codewords, assignments, empty)
-        assignments = kernels.assign(x, codewords)
-        assignments[points] = empty  # rounding may let a neighbor within an ulp win the point
-    return codewords, assignments
+        return _plus_plus(x, k, generator)
+    return x[torch.randint(len(x), (k,), generator=generator).to(x.device)]  # with replacement: some may start equal
 
 
 def _cache_key(x: Tensor, k: int, options: dict) -> str:
@@ -233,16 +208,17 @@ def _cache_key(x: Tensor, k: int, options: dict) -> str:
     return digest.hexdigest()
 
 
-def cached_codebook(x: Tensor, k: int, folder: str | os.PathLike, name: str = "", **options) -> Codebook:
-    """fit_codebook(x, k, name=name, **options), kept in `folder` under a hash of the weights and every argument.
+def cached_codebooks(layers: Mapping[str, Tensor], k: int, folder: str | os.PathLike, **options) -> dict[str, Codebook]:
+    """fit_codebooks(layers, k, **options), kept in `folder`, each under a hash of its weights and every argument.
 
-    The file holds safetensors only. One that is damaged or does not fit x counts as absent and is written anew.
+    The files hold safetensors only. One that is damaged or does not fit its layer counts as absent and is written anew.
     """
-    path = Path(folder) / f"codebook-{_cache_key(x, k, options)}.safetensors"
-    found = _read_cached(path, x, k)
-    if found is None:
-        found = fit_codebook(x, k, name=name, **options)
-        _write_cached(path, found)
+    paths = {name: Path(folder) / f"codebook-{_cache_key(x, k, options)}.safetensors" for name, x in layers.items()}
+    found = {name: _read_cached(paths[name], x, k) for name, x in layers.items()}
+    missing = {name: x for name, x in layers.items() if found[name] is None}
+    for name, book in fit_codebooks(missing, k, **options).items() if missing else ():
+        _write_cached(paths[name], book)
+        found[name] = book
     return found
 
 

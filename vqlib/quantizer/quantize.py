@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from vqlib.config import VQConfig
 from vqlib.models import dit
 from vqlib.quantizer.candidates import find_candidates
-from vqlib.quantizer.codebook import cached_codebook, fit_codebook
+from vqlib.quantizer.codebook import Codebook, cached_codebooks, fit_codebooks
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
 from vqlib.system.settings import as_seed
+
+_TOGETHER = 1 << 30  # bytes of weights whose k-means is made together; the peak is three times as much
 
 
 def quantize(
@@ -52,10 +54,11 @@ def quantize(
             )
     student = _copy_without(transformer, layers.values())
     columns_of = lru_cache(1)(Columns.of)  # q, k and v have the same inputs
-    for group in _groups(transformer, layers, config):
-        for name, replacement in _quantize_group(
-            group, config.for_layer(next(iter(group))), seed, cache, hessians, columns_of
-        ):
+    groups = _groups(transformer, layers, config)
+    codewords = {label: book.codewords for label, book in codebooks(groups, config, seed, cache)}
+    for label, group in groups.items():
+        own = config.for_layer(next(iter(group)))
+        for name, replacement in _quantize_group(group, codewords[label], own, hessians, columns_of):
             dit.swap(student, name, replacement)
     student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
     return student.eval()
@@ -86,34 +89,63 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
     return layers
 
 
-def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], config: VQConfig) -> Iterator[dict[str, nn.Linear]]:
-    """The layers that share a codebook: each alone, or all of a block or of the model that have the same k and d."""
+Group = dict[str, nn.Linear]  # layers that share a codebook, by name
+
+
+def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], config: VQConfig) -> dict[str, Group]:
+    """The layers that share a codebook, under what messages call them: each alone, or all of a block or of the model that have the same k and d."""
     owner = {module: i for i, block in enumerate(dit.block_list(transformer)) for module in block.modules()}
-    groups: dict[tuple, dict[str, nn.Linear]] = {}
+    groups: dict[tuple, Group] = {}
     for name, layer in layers.items():
         own, scope = config.for_layer(name), {"layer": name, "block": owner[layer], "model": ""}[config.codebook_scope]
         groups.setdefault((scope, own.k, own.d), {})[name] = layer
-    yield from groups.values()
+    return {next(iter(g)) if len(g) == 1 else f"{next(iter(g))} … ({len(g)} layers)": g for g in groups.values()}
+
+
+def codebooks(
+    groups: Mapping[str, Group], config: VQConfig, seed: int = 0, cache: str | Path | None = None
+) -> Iterator[tuple[str, Codebook]]:
+    """A codebook for each group's sub-vectors, every layer divided by its scale where it is shared; in any order.
+
+    On a GPU groups of one size are fitted together, `_TOGETHER` bytes of float32 weights at most.
+    """
+    shared, options = config.codebook_scope != "layer", {"seed": seed, "iterations": config.kmeans_iterations}
+    for (k, d), labels in _alike(groups, config):
+        parts = {}
+        for label in labels:
+            own = [_normalized(layer, d, _scale(layer) if shared else None) for layer in groups[label].values()]
+            parts[label] = own[0] if len(own) == 1 else torch.cat(own)
+        if cache:
+            yield from cached_codebooks(parts, k, cache, **options).items()
+        else:
+            yield from fit_codebooks(parts, k, **options).items()
+
+
+def _alike(groups: Mapping[str, Group], config: VQConfig) -> Iterable[tuple[tuple[int, int], list[str]]]:
+    """(k, d) and the labels of groups that are fitted together: on the CPU, where nothing is launched, each alone."""
+    found: dict[tuple, list[str]] = {}
+    for label, group in groups.items():
+        own, first = config.for_layer(next(iter(group))), next(iter(group.values())).weight
+        weights = sum(layer.weight.numel() for layer in group.values())
+        most = 1 if first.device.type == "cpu" else max(1, _TOGETHER // (4 * weights))
+        found.setdefault((own.k, own.d, first.device, weights, most), []).append(label)
+    return (
+        ((k, d), same[i : i + most]) for (k, d, _, _, most), same in found.items() for i in range(0, len(same), most)
+    )
 
 
 def _quantize_group(
-    group: dict[str, nn.Linear],
+    group: Group,
+    codewords: Tensor,
     config: VQConfig,
-    seed: int,
-    cache: str | Path | None,
     hessians: Mapping[str, Tensor],
     columns_of: Callable[[Tensor, int], Columns],
 ) -> Iterator[tuple[str, CandidateLinear]]:
-    """Fit one codebook to a group's sub-vectors, each layer divided by its scale where it is shared; yield the new layers."""
-    shared = config.codebook_scope != "layer"
-    scales = {name: _scale(layer) if shared else None for name, layer in group.items()}
-    parts = [_normalized(layer, config.d, scales[name]) for name, layer in group.items()]
-    label = next(iter(group)) if len(group) == 1 else f"{next(iter(group))} … ({len(group)} layers)"
-    x = parts[0] if len(parts) == 1 else torch.cat(parts)
-    options = {"seed": seed, "iterations": config.kmeans_iterations, "name": label}
-    codebook = cached_codebook(x, config.k, cache, **options) if cache else fit_codebook(x, config.k, **options)
-    codewords = nn.Parameter(codebook.codewords)
-    for (name, layer), part in zip(group.items(), parts, strict=True):
+    """The new layers of a group, by name, with its codewords [k, d] and settings."""
+    shared, codewords = config.codebook_scope != "layer", nn.Parameter(codewords)
+    for name, layer in group.items():
+        scale = _scale(layer) if shared else None
+        part = _normalized(layer, config.d, scale)
         if hessians:
             weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
             columns = columns_of(hessian, config.d)
@@ -125,7 +157,7 @@ def _quantize_group(
         else:
             candidates = find_candidates(part, codewords.data, config.candidates, config.ratio_start)
         shape, dtype = tuple(layer.weight.shape), getattr(torch, config.codebook_dtype)
-        yield name, CandidateLinear(codewords, candidates, shape, layer.bias, scales[name], dtype)
+        yield name, CandidateLinear(codewords, candidates, shape, layer.bias, scale, dtype)
 
 
 def _scale(layer: nn.Linear) -> Tensor:

@@ -12,15 +12,29 @@ def test_packed_codes_become_their_codewords(cuda, device, monkeypatch, bits, d,
     generator = torch.Generator().manual_seed(bits)
     k = min(2**bits, 5000)
     codes = torch.randint(0, k, (1237,), generator=generator)
-    table = torch.randn(k, d, generator=generator).to(device, dtype)
+    codebook = torch.randn(k, d, generator=generator).to(device, dtype)
     monkeypatch.setattr(reference, "gather", None)
+    packed, one = pack_codes(codes, bits).to(device), torch.ones((), device=device)
     out = torch.full((1237, d), torch.nan, dtype=dtype, device=device)
-    assert torch.equal(kernels.gather(pack_codes(codes, bits).to(device), bits, table, out), table[codes.to(device)])
+    kernels.gather(packed, bits, codebook, one, out)
+    assert torch.equal(out, codebook.float().to(dtype)[codes.to(device)])
 
 
-def test_a_table_of_another_type_is_left_to_the_twin(cuda, device, monkeypatch):
+@pytest.mark.parametrize("held", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_scale_is_multiplied_in_float32_and_the_product_rounded_once(cuda, device, monkeypatch, held, dtype):
+    monkeypatch.setattr(reference, "gather", None)
+    codes = torch.arange(3000) % 256
+    codebook = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).to(held)
+    out = torch.empty(3000, 4, dtype=dtype, device=device)
+    kernels.gather(pack_codes(codes, 8).to(device), 8, codebook.to(device), torch.tensor(0.3, device=device), out)
+    wanted = (codebook.double() * torch.tensor(0.3).double()).float().to(dtype)[codes]  # exact, then float32
+    assert torch.equal(out.cpu(), wanted)
+
+
+def test_rows_that_are_not_contiguous_are_left_to_the_twin(cuda, device, monkeypatch):
     called = []
     monkeypatch.setattr(reference, "gather", lambda *arguments: called.append(arguments))
-    kernels.gather(torch.zeros(2, dtype=torch.uint8, device=device), 4, torch.zeros(3, 2, device=device).double(),
-                   torch.zeros(4, 2, device=device))  # fmt: skip
+    codes, one = torch.zeros(2, dtype=torch.uint8, device=device), torch.ones((), device=device)
+    kernels.gather(codes, 4, torch.zeros(3, 2, device=device), one, torch.zeros(2, 4, device=device).t())
     assert called

@@ -76,3 +76,15 @@ def test_the_package_leaves_to_the_twins_what_the_search_does_not_take(cuda, dat
     x, codewords = data(10, 17, 4)
     assert kernels.assign(x, codewords).shape == (10,)
     assert kernels.nearest(x[:, :4].double(), codewords[:, :4], 2).shape == (10, 2)
+
+
+@pytest.mark.parametrize("count, d, k", [(0, 4, 3), (70, 4, 9), (3000, 3, 40)])
+def test_layers_of_one_shape_give_together_the_bits_that_each_gives_alone(cuda, device, count, d, k):
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(3, count, d, generator=generator) * torch.tensor([1.0, 1e-3, 40.0])[:, None, None]
+    x, codewords = x.to(device), torch.randn(3, k, d, generator=generator).to(device)
+    codes, sums = kernels.assign(x, codewords), kernels.cluster_sums(x, codewords)
+    for layer in range(3):
+        assert torch.equal(codes[layer], kernels.assign(x[layer], codewords[layer]))
+        alone = kernels.cluster_sums(x[layer], codewords[layer])
+        assert all(torch.equal(part[layer], own) for part, own in zip(sums, alone, strict=True))
