@@ -7,10 +7,12 @@ import tiny
 import torch
 from pretend import NAME
 
+from vqlib.calibrator import diagnostics
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import SamplingConfig, VQConfig, recipe
 from vqlib.models import dit, sampling
+from vqlib.models.modulation import cached_modulation
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer import codebook, lloyd
@@ -149,6 +151,31 @@ def test_a_packed_model_runs_and_samples_on_the_device(models, gpu, back_end, mo
 def _packed_there(assignments, codewords, shape, bias=None, scale=1.0):
     """A layer of the right sizes on the device: codes have no values that could be packed."""
     return VQLinear(shape[1], shape[0], bias is not None, codewords.shape[1], len(codewords), device=NAME)
+
+
+def test_a_forward_with_cached_modulations_waits_once(models, gpu, back_end):
+    pipe, _ = models()
+    x, at, labels = (
+        torch.zeros(4, 4, 8, 8, device=NAME),
+        torch.zeros(4, device=NAME),
+        torch.zeros(4, device=NAME).long(),
+    )
+    with cached_modulation(pipe.transformer), torch.no_grad():
+        for _ in range(2):  # filled, then answered
+            waits, copies = gpu.waits.total(), gpu.copies.total()
+            dit.forward(pipe.transformer, x, at, labels)
+            assert gpu.waits.total() == waits + 1 and gpu.copies.total() == copies
+
+
+def test_fresh_losses_wait_once_for_all_blocks(models, gpu, back_end):
+    waits = []
+    pipe, student = models()
+    for batches in (1, 2):
+        before = gpu.waits["tolist"] + gpu.waits["_local_scalar_dense"]
+        found = diagnostics.fresh_losses(pipe, student, recipe("best", **SETTINGS), batches)
+        waits.append(gpu.waits["tolist"] + gpu.waits["_local_scalar_dense"] - before)
+        assert len(found) == len(dit.block_list(student))
+    assert waits[1] - waits[0] <= 1  # of the trajectory, which looks at its output
 
 
 def test_two_devices_in_one_operation_are_refused(gpu):

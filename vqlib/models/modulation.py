@@ -60,7 +60,8 @@ class ModulationCache:
         cut_off = any(len(held) != self.rows for held in own.held.values())  # the forward before was, by an exception
         if cut_off or len(own.held) not in (0, len(self.tables)) or own.kind != (x.device, x.dtype):
             own.kind, own.known, own.held = (x.device, x.dtype), {}, {}
-        pairs = list(map(tuple, torch.stack([timestep.double(), labels.double()], dim=1).tolist()))  # the only wait
+        wide = torch.promote_types(timestep.dtype, torch.float32)  # exact for classes below 2^24
+        pairs = list(map(tuple, torch.stack([timestep.to(wide), labels.to(wide)], dim=1).tolist()))  # the only wait
         new = {pair: image for image, pair in reversed(list(enumerate(pairs))) if pair not in own.known}
         self.hits, self.misses = self.hits + (not new), self.misses + bool(new)
         row_bytes = sum(table.width for table in self.tables) * x.dtype.itemsize
