@@ -98,7 +98,8 @@ class _Table:
             missing = own.missing
             filled = missing + missing[-1:] * (FEWEST_ROWS - len(missing))
             with torch.no_grad():
-                new = self.original(*(value[filled] for value in args), **kwargs)[: len(missing)]
+                rows = sent(torch.tensor(filled), own.current.device)
+                new = self.original(*(value.index_select(0, rows) for value in args), **kwargs)[: len(missing)]
                 with torch.inference_mode(False):  # a table made in inference mode could not be used outside of it
                     held = own.held[id(self)] = new.clone() if held is None else torch.cat([held, new])
         return held.index_select(0, own.current)
