@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DRIVER := $(VENV)/.browser
 TRITON := $(VENV)/.triton
+RAY := $(VENV)/.ray
 TOUR := data/runs/tour
 FIND_CHROMIUM := for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" && break; done >/dev/null
 NO_CHROMIUM := make browser needs Chromium or Chrome: install it (Debian: sudo apt-get install chromium), or name it (CHROMIUM=/path/to/it make browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test kernels gpu browser lab notebooks tables bench
+.PHONY: help env demo test kernels cluster gpu browser lab notebooks tables bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +24,7 @@ demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate
 	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
 	@cat $(TOUR)/summary.txt
 
-test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of the CUDA kernels
+test: $(STAMP)  ## linter, formatter, all tests but those in a browser, on a cluster and of the CUDA kernels
 	$(BIN)/ruff check vqlib tests benchmarks
 	$(BIN)/ruff format --check vqlib tests benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
@@ -31,6 +32,9 @@ test: $(STAMP)  ## linter, formatter, all tests but those in a browser and of th
 kernels: $(TRITON)  ## CUDA without a GPU: kernels in Triton's interpreter, the chain on a pretend device (Linux, 0.7 GB more)
 	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py
 	$(BIN)/python -m pytest tests/gpu
+
+cluster: $(RAY)  ## studies on Ray: a cluster of two small nodes on this machine, killed workers and all (0.25 GB more)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 gpu:  ## everything that only a GPU can show, in about seven minutes, with torch for CUDA (.venv's, or that of PYTHON)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py
@@ -71,6 +75,10 @@ $(STAMP): pyproject.toml constraints.txt
 # A CUDA build of torch has it; beside a CPU build only these tests need it.
 $(TRITON): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt triton
+	@touch $@
+
+$(RAY): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[cluster]'
 	@touch $@
 
 $(DRIVER): $(STAMP)

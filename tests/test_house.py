@@ -116,6 +116,7 @@ def test_every_import_is_a_declared_dependency():
         {IMPORT_NAMES.get(name, name) for name in requirements(extras=False)} | set(sys.stdlib_module_names) | {"vqlib"}
     )
     optional = {"explore/frontend.py": {"ipywidgets", "IPython"}, "studies/baselines/round_to_nearest.py": {"torchao"}}
+    optional["studies/pipelined.py"] = {"ray"}
     # comes with every CUDA build of torch
     optional |= {f"kernels/cuda_{part}.py": {"triton"} for part in ("launch", "search", "soft", "ratios", "gather")}
     for file, path in modules().items():

@@ -6,7 +6,7 @@
     python -m vqlib calibrate --preset dit-mini-fashion-w2 --recipe best --distill 500     and then on the model's output
     python -m vqlib sample    --preset dit-mini-fashion-w2 --set images=64
     python -m vqlib evaluate  --preset dit-mini-fashion-w2
-    python -m vqlib table     --preset dit-mini-fashion-w2
+    python -m vqlib table     --preset dit-mini-fashion-w2 --workers 2   or --on ray: this machine, or RAY_ADDRESS
 
 Everything goes to --out, by default data/runs/<preset>. Another setting: --set calibration.iterations=20 (repeatable).
 """
@@ -36,6 +36,7 @@ from vqlib.models.sampling import sample
 from vqlib.studies.estimate import estimate
 from vqlib.studies.experiments import class_labels, measure, packed_model
 from vqlib.studies.main_table import TableConfig, make_table
+from vqlib.studies.on_ray import PLACES
 from vqlib.studies.presets import PRESETS, Preset, preset
 from vqlib.system.files import replacing
 
@@ -136,7 +137,7 @@ def table_job(job: Preset, options: argparse.Namespace) -> None:
         methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
         longer=(),
     )
-    rows = make_table(config, options.out / "table", pipe=_load(job, options))
+    rows = make_table(config, options.out / "table", options.workers, pipe=_load(job, options), on=options.on)
     save_table(rows, options.out / "table" / "table")
     print(markdown(rows), f"table: {options.out / 'table' / 'table'}.csv, .tex", sep="\n")
 
@@ -164,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 …")
+    parser.add_argument("--on", default="local", choices=PLACES, help="where a table's rows are made")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make a table's rows on the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of codebooks and candidates; images have seeds 0, 1, 2 …")
     return parser
 

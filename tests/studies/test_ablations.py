@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
-from vqlib.studies import experiments
-from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings
+from vqlib.studies import experiments, row_tasks
+from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings, sweep_settings
 from vqlib.studies.ablations import Ablation
 
 GEOMETRY = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
@@ -40,8 +40,8 @@ def test_a_table_of_nothing_finished_is_empty(study):
     "change", [{"vq": GEOMETRY.replace(candidates=1)}, {"calibration": SHORT.replace(lambda_r=0.5)}]
 )
 def test_rows_of_other_settings_are_other_rows(study, change, monkeypatch):
-    monkeypatch.setattr(experiments.Experiments, "make", lambda self, *made_of, wait: self.rows.make(row, *made_of))
-    row = lambda unfinished: {"made": True}  # noqa: E731
+    monkeypatch.setattr(row_tasks.Evaluated, "after", lambda self: ())
+    monkeypatch.setattr(row_tasks.Evaluated, "run", lambda *_: {"made": True})
     assert study.row(SETTING, 0) == study.finished(SETTING, 0) == {"made": True}
     other = Setting("a", "n = 2", **({"vq": GEOMETRY, "calibration": SHORT} | change))
     assert study.finished(other, 0) is None
@@ -117,3 +117,28 @@ def test_where_n_1_and_n_3_are_compared_each_condition_has_both():
         weights = [(c.block_loss, c.lambda_r) for c in several]
         assert weights == [("sum", 1.0), *(("mean", w) for w in (1e-3, 1e-2, 1.0))]
         assert {s.vq.codebook_scope for s in settings if s.group == group} == {scope}
+
+
+def test_a_sweep_has_every_setting_with_every_seed_and_nobody_keeps_the_list(study):
+    base = CalibrationConfig(iterations=7, checkpoint_every=3)
+    settings = sweep_settings((2, 3), (1, 2), "paper", base)
+    assert [(s.group, s.name, s.vq.bits, s.vq.candidates) for s in settings] == [
+        (f"{b} bits", f"n = {n}", b, n) for b in (2, 3) for n in (1, 2)
+    ]
+    assert {s.calibration for s in settings} == {base}
+    best = sweep_settings((2,), (3,))[0]
+    assert (best.vq, best.calibration) == (RECIPES["best"].vq.replace(candidates=3), RECIPES["best"].calibration)
+    tasks = study.tasks(settings, range(3))
+    found = [(task.made.method.vq, task.made.method.seed) for task in tasks]
+    assert found == [(s.vq, seed) for s in settings for seed in range(3)] and len(list(tasks)) == 12
+    assert tasks is not iter(tasks)
+
+
+def test_rows_of_a_cluster_are_those_of_its_device_and_ask_for_it(study):
+    there = dataclasses.replace(study, device="NVIDIA H100")
+    here, far = study.task(SETTING, 0), there.task(SETTING, 0)
+    assert (here.needs.gpus, far.needs.gpus) == (0, 1) and here.made_of() != far.made_of()
+    assert 512 << 20 < far.needs.memory <= here.needs.memory < 1 << 30
+    wide = dataclasses.replace(SETTING, calibration=SHORT.replace(batch_size=16384))
+    assert study.task(wide, 0).needs.memory > 2 << 30  # 2 · 16384 rows of 16 · 32 numbers, 34 of these and more
+    assert here.made.made_of() == far.made.made_of()  # the model is one

@@ -1,16 +1,16 @@
 """The main table: its rows, made once, by several processes, resumed, and read back in order."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import pytest
 import tiny
-from filelock import FileLock
 
 from vqlib.config import RECIPES
-from vqlib.studies import bench, main_table
+from vqlib.studies import bench, main_table, row_tasks
+from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
+from vqlib.studies.processes import Here, Processes
 
 SMALL = TableConfig(
     images=130, steps=1, iterations=2, hessian_batches=1, bootstrap=3, longer=((2, 129),), longer_methods=(),
@@ -59,7 +59,7 @@ def test_every_row_is_made_once(tmp_path, monkeypatch):
     assert table["FD (fashion)"].nunique() == 5 and (table["FD (fashion) low"] < table["FD (fashion)"]).all()
     assert table["seeds"][0] == "0–129" and {"CFG", "device", "extractor", "reference", "minutes"} <= set(table)
 
-    monkeypatch.setattr(Bench, "build", lambda *_: pytest.fail("a finished row was made again"))
+    monkeypatch.setattr(row_tasks.Evaluated, "run", lambda *_: pytest.fail("a finished row was made again"))
     again = make_table(SMALL, tmp_path, report=lines.append, pipe=pipe)
     assert again.equals(table) and len(lines) == 5
     more = Bench(SMALL.replace(longer=()), tmp_path, pipe)
@@ -97,35 +97,35 @@ def test_the_other_methods_are_built_at_the_same_bits(tmp_path):
     assert len(list((tmp_path / "models").iterdir())) == 4
 
 
-def test_a_row_that_another_process_makes_is_left_to_it(tmp_path):
-    bench = Bench(SMALL, tmp_path, tiny.pipeline())
-    row = SMALL.rows()[0]
-    path = bench.experiments.rows.path(*bench.made_of(row))
-    path.parent.mkdir(parents=True)
-    with FileLock(path.with_suffix(".lock")):
-        assert bench.make(row) is False
-    assert bench.finished(row) is None and read_table(bench).empty
-    assert bench.make(row) is True and bench.make(row) is False
-    assert json.loads(path.read_text())["made_of"][0] == {"class": "FullPrecision"}
-
-
 def test_two_workers_fill_one_table(tmp_path):
     config = TableConfig(images=140, steps=1, methods=(), longer=((2, 140),), longer_methods=(), bootstrap=0)
     lines = []
     table = make_table(config, tmp_path, workers=2, report=lines.append)
-    assert table["steps"].tolist() == [1, 2] and not lines  # nothing was left for this process
+    assert table["steps"].tolist() == [1, 2] and len(lines) == 2
 
 
 def test_a_gpu_has_one_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(main_table, "_start_workers", lambda *_: pytest.fail("processes beside the GPU's"))
-    monkeypatch.setattr(main_table, "_fill", lambda *_: None)
-    monkeypatch.setattr(main_table, "read_table", lambda bench: bench.pipe.device.type)
-    monkeypatch.setattr(main_table, "Bench", lambda config, folder, pipe: SimpleNamespace(pipe=pipe))
-    pipe = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    assert make_table(SMALL, tmp_path, workers=2, pipe=pipe) == "cuda"
+    places = []
+    monkeypatch.setattr(main_table, "run", lambda folder, tasks, place: places.append(place) or [])
+    monkeypatch.setattr(main_table, "complete", list)
+    monkeypatch.setattr(main_table, "read_table", lambda bench: bench.how.device)
+    how = lambda device: SimpleNamespace(folder=tmp_path, how=SimpleNamespace(device=device), tasks=list)  # noqa: E731
+    for device, place in (("NVIDIA H100", Here), ("cpu", Processes)):
+        monkeypatch.setattr(main_table, "Bench", lambda *_, **__: how(device))
+        assert make_table(SMALL, tmp_path, workers=2) == device
+        assert isinstance(places.pop(), place)
 
 
-def test_a_worker_that_fails_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(main_table.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="2 of 2 table workers failed"):
-        make_table(SMALL, tmp_path, workers=2)
+def test_a_row_that_fails_is_named_once_the_others_are_made(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("in_features 32 is not divisible by group_size=33 (blocks.0.attn1.to_q)")
+
+    monkeypatch.setattr(GPTQ, "build", fails)
+    pipe, few = tiny.pipeline(), SMALL.replace(longer=(), methods=(("GPTQ", (2,)), ("k-means", (2,))))
+    with pytest.raises(
+        RuntimeError, match=r"GPTQ, 2 bits, 1 steps, 130 images: images 0–129 of model GPTQ-\w+, which it"
+    ) as e:
+        make_table(few, tmp_path, pipe=pipe, report=lambda line: None)
+    assert "not divisible by group_size=33 (blocks.0.attn1.to_q)" in str(e.value)
+    made = read_table(Bench(few, tmp_path, pipe))["method"].tolist()
+    assert made == ["full precision", "k-means"]

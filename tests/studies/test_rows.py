@@ -27,10 +27,10 @@ def rows(tmp_path):
 
 
 def test_a_row_is_made_once_and_found_by_every_field_and_by_the_class(rows):
-    assert rows.read(A(2), "cpu") is None
+    assert rows.read(A(2), "cpu") is None and rows.keys() == set()
     assert rows.make(lambda folder: {"fd": 0.1}, A(2), "cpu") is True
     assert rows.make(lambda folder: pytest.fail("made again"), A(2), "cpu") is False
-    assert rows.read(A(2), "cpu") == {"fd": 0.1}
+    assert rows.read(A(2), "cpu") == {"fd": 0.1} and rows.keys() == {content_key(A(2), "cpu")}
     others = (A(3), "cpu"), (B(2), "cpu"), (A(2), "cuda"), (A(2, SamplingConfig(steps=51)), "cpu"), (A(2),)
     assert [rows.read(*made_of) for made_of in others] == [None] * 5
     assert len({content_key(*made_of) for made_of in (*others, (A(2), "cpu"))}) == 6

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vqlib.calibrator.block import BlockRecord, Moment, Passed, block_steps
 from vqlib.calibrator.losses import RATIO_LOSSES, block_loss, distance_weight
-from vqlib.calibrator.optimizers import BlockOptimizer
+from vqlib.calibrator.optimizers import BlockOptimizer, prepare_parameters
 from vqlib.calibrator.runs import Record, RunFolder
 from vqlib.calibrator.teacher import (
     following,
@@ -36,7 +36,6 @@ from vqlib.models.denoiser import Output, handed_on
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden
-from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import soft_layers
 from vqlib.system.fingerprint import fingerprint
 from vqlib.system.interrupts import interrupt_after
@@ -67,7 +66,7 @@ class Calibration(Iterator[Record]):
         if not self.layers:
             raise ValueError("the model has no CandidateLinear layer; make one with vqlib.quantize")
         require_counterpart(pipe.transformer, model)
-        self._prepare_parameters()
+        prepare_parameters(model, config)
         self.blocks, self.shared = block_steps(model, config)
         self.trajectory = Trajectory(pipe, config)
         self.embedder = SharedEmbedder(pipe.transformer, model)
@@ -143,7 +142,7 @@ class Calibration(Iterator[Record]):
             passed = pass_through(inputs, moment)
         records, count = passed.records, len(passed.records)
         seen = [*(record.loss for record in records), *passed.distances]
-        losses, rows, fine = _read(seen, [record.rows for record in records], passed.output)
+        losses, rows, fine = read_back(seen, [record.rows for record in records], passed.output)
         losses, distances = losses[:count], losses[count:]
         for step, loss in zip(self.blocks, losses, strict=True):
             step.checked(loss, moment)
@@ -219,24 +218,6 @@ class Calibration(Iterator[Record]):
     def _settled(self) -> dict[str, bool]:
         return {name: flag for step in self.blocks for name, flag in step.settled.items()}
 
-    def _prepare_parameters(self) -> None:
-        """Only logits, codebooks, layer scales and biases of the quantized layers are trained."""
-        self.student.eval().requires_grad_(False)
-        for layer in self.layers.values():
-            if layer.logits is not None:
-                layer.logits.requires_grad_(True)
-            layer.codebook.requires_grad_(self.config.train_codebooks != "never")
-            if layer.scale is not None:
-                layer.scale.requires_grad_(self.config.train_codebooks != "never")
-            if layer.bias is not None:
-                layer.bias.requires_grad_(self.config.train_biases)
-            if isinstance(layer, LatentLinear):
-                layer.latents.requires_grad_(True)
-            elif self.config.lr_latents:
-                raise ValueError(f"lr_latents={self.config.lr_latents} moves assignments in vqlib.distill only")
-        if not any(p.requires_grad for p in self.student.parameters()):
-            raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
-
     def _settings(self) -> dict[str, Any]:
         """What a run folder belongs to: the settings, the teacher and what the codes were asked to be, never their last bits."""
         name, layer = next(iter(self.layers.items()))
@@ -270,9 +251,9 @@ class Calibration(Iterator[Record]):
             raise RuntimeError(f"{self.folder.path} has {self.iteration} steps done, more than {asked}")
         for name, layer in self.layers.items():
             layer.load_state_dict({k: state[f"student.{name}.{k}"] for k in layer.state_dict()})
-        self.trajectory.load_state(_with_prefix(state, "trajectory."))
+        self.trajectory.load_state(with_prefix(state, "trajectory."))
         for i, optimizer in enumerate(self.optimizers()):
-            optimizer.load_state(_with_prefix(state, f"optimizer.{i}."))
+            optimizer.load_state(with_prefix(state, f"optimizer.{i}."))
         flags = iter(state["settled"].tolist())
         for step in self.blocks:
             step.settled = {name: next(flags) for name in step.settled}
@@ -280,7 +261,7 @@ class Calibration(Iterator[Record]):
         return True
 
 
-def _read(
+def read_back(
     losses: list[Tensor], rows: list[list[Tensor]], output: Tensor
 ) -> tuple[list[float], list[list[list[float]]], bool]:
     """All that a step left on the device, in one copy: blocks' losses, their layers' rows, whether the output is finite.
@@ -294,6 +275,6 @@ def _read(
     return found, [[[next(numbers) for _ in range(len(row))] for row in own] for own in rows], fine
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The optimizer of one block's parameters, and its state as named tensors."""
+"""What is trained of a student; the optimizer of one block's parameters, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from torch import Tensor, nn
 
 from vqlib import kernels
 from vqlib.config import CalibrationConfig
+from vqlib.quantizer.latent import LatentLinear
+from vqlib.quantizer.soft import soft_layers
+
+
+def prepare_parameters(student: nn.Module, config: CalibrationConfig) -> None:
+    """Only logits, codebooks, layer scales and biases of the quantized layers are trained, in eval mode.
+
+    Raises ValueError where that leaves nothing.
+    """
+    student.eval().requires_grad_(False)
+    for layer in soft_layers(student).values():
+        if layer.logits is not None:
+            layer.logits.requires_grad_(True)
+        layer.codebook.requires_grad_(config.train_codebooks != "never")
+        if layer.scale is not None:
+            layer.scale.requires_grad_(config.train_codebooks != "never")
+        if layer.bias is not None:
+            layer.bias.requires_grad_(config.train_biases)
+        if isinstance(layer, LatentLinear):
+            layer.latents.requires_grad_(True)
+        elif config.lr_latents:
+            raise ValueError(f"lr_latents={config.lr_latents} moves assignments in vqlib.distill only")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
 
 
 class BlockOptimizer:

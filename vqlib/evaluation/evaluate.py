@@ -8,14 +8,14 @@ themselves.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqlib.evaluation.extractors import DATA, Extractor
+from vqlib.evaluation.extractors import DATA, Extractor, Features
 from vqlib.evaluation.frechet import FeatureStatistics, bootstrap_interval, check_counts, frechet_from_statistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.evaluation.references import Reference, gather, resolve
@@ -125,11 +125,30 @@ def evaluate(
     _require_known(labels, extractor)
     if total is not None:
         check_counts(total, reference.count, dimensions, allow_few)
+    stream = extractor.stream(of_size(images, reference, labels is not None), cache, progress, total)
+    options = {"precision_recall": precision_recall, "bootstrap": bootstrap, "seed": seed, "allow_few": allow_few}
+    return evaluate_features(stream, reference, extractor, labels, count=count, start=start, **options)
+
+
+def evaluate_features(
+    stream: Iterable[Features],
+    reference: Reference,
+    extractor: Extractor,
+    labels: Tensor | None = None,
+    *,
+    count: int | None = None,
+    precision_recall: bool = True,
+    bootstrap: int = 0,
+    seed: int = 0,
+    allow_few: bool = False,
+    start: float | None = None,
+) -> Metrics:
+    """As `evaluate`, of blocks of features that this extractor gave, wherever they were made; `start`: of its minutes."""
+    start = time.monotonic() if start is None else start
     keep = (precision_recall and reference.features is not None) or bootstrap > 0
-    stream = extractor.stream(_of_size(images, reference, labels is not None), cache, progress, total)
     found = gather(stream, keep, logits=True)
     n = _agreed_count(found.pool.count, count, None if labels is None else len(labels))
-    check_counts(n, reference.count, dimensions, allow_few)
+    check_counts(n, reference.count, extractor.kind.dimensions, allow_few)
     fd = frechet_from_statistics(found.pool.mean, found.pool.covariance, reference.mean, reference.covariance)
     low, high = None, None
     if bootstrap:
@@ -189,7 +208,8 @@ def precision_recall(features: Tensor, reference_features: Tensor) -> tuple[floa
 _precision_recall = precision_recall  # `evaluate` has a switch of that name
 
 
-def _of_size(images, reference: Reference, ordered: bool) -> Iterator[Tensor]:
+def of_size(images, reference: Reference, ordered: bool) -> Iterator[Tensor]:
+    """Blocks of images; ValueError where they are not as large as the reference's."""
     for block in image_blocks(images, ordered=ordered):
         size = tuple(block.shape[2:])
         if reference.size is not None and size != reference.size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vqlib.config import RATIO_STARTS, RECIPES, CalibrationConfig, VQConfig
@@ -30,6 +30,18 @@ def standard_settings(vq: VQConfig | None = None, base: CalibrationConfig | None
     """
     vq, base = vq or VQConfig(), base or CalibrationConfig()
     return [*_recipes(vq, base), *_pieces_of_best(vq, base), *_pieces_of_paper(vq, base), *_one_or_three(vq, base)]
+
+
+def sweep_settings(
+    bits: Iterable[int], candidates: Iterable[int], name: str = "best", base: CalibrationConfig | None = None
+) -> list[Setting]:
+    """A recipe at every number of bits (a group each) and of candidates; `base`: length, batch and trajectory of all."""
+    recipe, base, candidates = RECIPES[name], base or CalibrationConfig(), list(candidates)
+    return [
+        Setting(f"{b} bits", f"n = {n}", recipe.codes(VQConfig(bits=b), candidates=n), recipe.run(base))
+        for b in bits
+        for n in candidates
+    ]
 
 
 def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:

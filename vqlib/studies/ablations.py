@@ -12,7 +12,12 @@ import pandas as pd
 from vqlib.config import SamplingConfig
 from vqlib.models.pipeline import Pipeline
 from vqlib.studies.ablation_settings import Setting
-from vqlib.studies.experiments import Experiments, VectorQuantized
+from vqlib.studies.engines import complete, run
+from vqlib.studies.experiments import VectorQuantized
+from vqlib.studies.processes import Here
+from vqlib.studies.row_tasks import Evaluated, Made, Measuring
+from vqlib.studies.tasks import Lazily, rows_of
+from vqlib.system.memory import device_label
 
 COLUMNS = {"bits per weight": "bits_per_weight", "minutes of calibration": "calibration_minutes"}
 
@@ -26,15 +31,28 @@ class Ablation:
     images: int
     sampling: SamplingConfig = SamplingConfig()
     reference: str | Path = "fashion-mnist-test"
+    device: str = ""  # of the machines that make the rows, as `device_label` has it; the pipeline's own unless given
 
     def row(self, setting: Setting, seed: int) -> dict:
         """The row of one setting and seed of codebooks and calibration; made where it is not finished."""
-        self._experiments.make(*self._made_of(setting, seed), wait=True)
+        complete(run(self.folder, [self.task(setting, seed)], Here()))
         return self.finished(setting, seed)
+
+    def tasks(self, settings: Iterable[Setting], seeds: Iterable[int]) -> Lazily:
+        """Every setting with every seed, as a study for `engines.run`."""
+        settings, seeds = list(settings), list(seeds)
+        return Lazily(lambda: (self.task(setting, seed) for setting in settings for seed in seeds))
+
+    def task(self, setting: Setting, seed: int) -> Evaluated:
+        """A row, found by method, model and conditions."""
+        calibration = setting.calibration and setting.calibration.replace(seed=seed)
+        made = Made(self._how, VectorQuantized(setting.vq, calibration, seed))
+        label = f"{setting.group}: {setting.name}, seed {seed}"
+        return Evaluated(made, self.images, self.sampling, label=label)
 
     def finished(self, setting: Setting, seed: int) -> dict | None:
         """The row if it has been made."""
-        return self._experiments.rows.read(*self._made_of(setting, seed))
+        return rows_of(self.folder).read(*self.task(setting, seed).made_of())
 
     def table(self, settings: Iterable[Setting], seeds: Iterable[int]) -> pd.DataFrame:
         """The finished rows: columns group, setting, seed, fd, accuracy, and the conditions that the rows do not share."""
@@ -50,13 +68,9 @@ class Ablation:
         return pd.DataFrame(rows, columns=["group", "setting", "seed", "fd"] if not rows else None)
 
     @cached_property
-    def _experiments(self) -> Experiments:
-        return Experiments(self.pipe, self.folder, self.reference)
-
-    def _made_of(self, setting: Setting, seed: int) -> tuple:
-        calibration = setting.calibration and setting.calibration.replace(seed=seed)
-        method = VectorQuantized(setting.vq, calibration, seed)
-        return self._experiments.made_of(method, self.images, self.sampling)
+    def _how(self) -> Measuring:
+        device = self.device or device_label(self.pipe.device)
+        return Measuring.of(self.pipe, self.reference, device=device)
 
 
 def summary(table: pd.DataFrame, quality: str = "fd") -> pd.DataFrame:

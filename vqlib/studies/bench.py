@@ -11,20 +11,26 @@ from vqlib.models.pipeline import Pipeline
 from vqlib.studies.baselines.baseline import Baseline, FullPrecision, Moments
 from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.round_to_nearest import RoundToNearest
-from vqlib.studies.experiments import Experiments, Method, VectorQuantized
+from vqlib.studies.experiments import Method, VectorQuantized
 from vqlib.studies.paper_table import FULL_PRECISION, PAPER
+from vqlib.studies.row_tasks import Evaluated, Made, Measuring
 from vqlib.studies.table_rows import Row, TableConfig
+from vqlib.studies.tasks import rows_of
+from vqlib.system.memory import device_label
 
 GROUP_SIZES = {2: 32, 3: 64, 4: 64}  # bits -> weights a scale: uniform methods store at least as many bits as VQ
 
 
 class Bench:
-    """One process's work on a table: the model, and how each method's transformer is made from it.
+    """A table as a study: the model, how each method's transformer is made from it, and the rows as tasks.
 
-    A pipeline that is not given is loaded, onto the GPU where there is one. Raises ValueError for an unknown method.
+    A pipeline that is not given is loaded, onto the GPU where there is one. `device`: of the machines that make the rows,
+    the pipeline's own unless it is given. Raises ValueError for an unknown method.
     """
 
-    def __init__(self, config: TableConfig, folder: str | Path, pipe: Pipeline | None = None) -> None:
+    def __init__(
+        self, config: TableConfig, folder: str | Path, pipe: Pipeline | None = None, device: str | None = None
+    ) -> None:
         for row in config.rows():
             if row.method not in METHODS:
                 raise ValueError(f"method {row.method!r} is not one of {', '.join(METHODS)}")
@@ -32,26 +38,27 @@ class Bench:
                 known = f"a group's size is known for {list(GROUP_SIZES)} bits"
                 raise ValueError(f"{row.method} at {row.bits} bits: {known}")
         self.config, self.folder, self.pipe = config, Path(folder), pipe or pipeline.load(config.model, device="auto")
-        self.experiments = Experiments(self.pipe, folder, config.reference)
+        device = device or device_label(self.pipe.device)
+        self.how = Measuring.of(self.pipe, config.reference, device=device, shard=config.shard)
 
     def build(self, row: Row) -> Baseline:
         """The row's transformer, made or loaded."""
-        return self.experiments.build(METHODS[row.method](self.config, row.bits))
+        return self.task(row).made.build(self.folder)
 
     def finished(self, row: Row) -> dict | None:
         """The stored row, None while it is missing."""
-        return self.experiments.rows.read(*self.made_of(row))
+        return rows_of(self.folder).read(*self.task(row).made_of())
 
-    def make(self, row: Row) -> bool:
-        """Make a row unless it is there or another process has it; whether it was made here."""
-        return self.experiments.make(*self.made_of(row))
+    def tasks(self) -> list[Evaluated]:
+        """The rows in the table's order."""
+        return [self.task(row) for row in self.config.rows()]
 
-    def made_of(self, row: Row) -> tuple:
-        """What the row is found by: method, model and conditions."""
+    def task(self, row: Row) -> Evaluated:
+        """A row, found by method, model and conditions."""
         config = self.config
         sampling = SamplingConfig(row.steps, config.guidance_scale, batch_size=config.batch_size)
-        method = METHODS[row.method](config, row.bits)
-        return self.experiments.made_of(method, row.images, sampling, config.bootstrap)
+        made = Made(self.how, METHODS[row.method](config, row.bits))
+        return Evaluated(made, row.images, sampling, config.bootstrap, label=str(row))
 
 
 def _codes(table: TableConfig, vq: VQConfig, recipe: str | None = None) -> VectorQuantized:

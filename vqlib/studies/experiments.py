@@ -1,9 +1,8 @@
-"""One row of a results table: quantize, sample, evaluate, remember. What was cut off goes on where it stopped."""
+"""What a row of a results table is made of: quantize, sample, evaluate. What was cut off goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import fitting_layers, quantize
 from vqlib.studies.baselines.baseline import Baseline, Moments, packed
-from vqlib.studies.rows import Rows, content_key
+from vqlib.studies.rows import Rows
 from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
 from vqlib.system.memory import device_label
@@ -80,37 +79,6 @@ class VectorQuantized:
         return packed(model, sum(record.seconds for run in runs for record in read_records(run)))
 
 
-class Experiments:
-    """Rows of one model: a method's transformer made in `folder`/models, measured once, kept in `folder`/rows."""
-
-    def __init__(self, pipe: Pipeline, folder: str | Path, reference: str | Path) -> None:
-        self.pipe, self.folder, self.reference = pipe, Path(folder), reference
-        self.rows, self._source = Rows(self.folder / "rows"), fingerprint(pipe.transformer)
-        self._shared = _shared(pipe, reference)
-
-    def build(self, method: Method) -> Baseline:
-        """The method's transformer, made or loaded."""
-        name = f"{type(method).__name__}-{content_key(method, self._source)}"
-        return method.build(self.pipe, self.folder / "models" / name)
-
-    def made_of(self, method: Method, images: int, sampling: SamplingConfig, bootstrap: int = 0) -> tuple:
-        """What a row is found by."""
-        return method, self._source, Conditions(images, sampling, bootstrap=bootstrap, **self._shared)
-
-    def make(self, *made_of, wait: bool = False) -> bool:
-        """Make a row unless it is there or another process has it (then `wait`, or leave it); whether it was made here."""
-        method, _, conditions = made_of
-
-        def row(unfinished: Path) -> dict:
-            start, made = time.monotonic(), self.build(method)
-            metrics = _measured(self.pipe, made.model, conditions, self.reference, unfinished).to_dict()
-            minutes = {"minutes": (time.monotonic() - start) / 60, "calibration_minutes": made.seconds / 60}
-            sizes = {"bits_per_weight": made.bits_per_weight, "size_bytes": made.size_bytes}
-            return {"metrics": metrics} | minutes | sizes
-
-        return self.rows.make(row, *made_of, wait=wait)
-
-
 def measure(
     pipe: Pipeline,
     model: nn.Module,
@@ -128,7 +96,10 @@ def measure(
     twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`:
     its own unless one is given; `progress`: a bar over what is still to sample.
     """
-    how = Conditions(images, sampling or SamplingConfig(), **_shared(pipe, reference), bootstrap=bootstrap)
+    shared = {"vae": fingerprint(pipe.vae), "reference": reference_fingerprint(load_reference(reference))}
+    how = Conditions(
+        images, sampling or SamplingConfig(), **shared, device=device_label(pipe.device), bootstrap=bootstrap
+    )
     rows, made_of = Rows(Path(folder)), (fingerprint(model), how)
     rows.make(
         lambda kept: _measured(pipe, model, how, reference, kept, extractor, progress).to_dict(), *made_of, wait=True
@@ -140,11 +111,6 @@ def reference_fingerprint(reference: Reference) -> str:
     """SHA-256 of the statistics and of the extractor they were made with."""
     parts = [("mean", reference.mean), ("covariance", reference.covariance)]
     return digest(parts, f"{reference.extractor} {reference.fingerprint}")
-
-
-def _shared(pipe: Pipeline, reference: str | Path) -> dict[str, str]:
-    statistics = reference_fingerprint(load_reference(reference))
-    return {"vae": fingerprint(pipe.vae), "reference": statistics, "device": device_label(pipe.device)}
 
 
 def _measured(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,13 @@ class Rows:
 
     def path(self, *made_of: Any) -> Path:
         return self.folder / f"{content_key(*made_of)}.json"
+
+    def keys(self) -> set[str]:
+        """What the rows that may be there are called, without a look into them."""
+        try:
+            return {name.removesuffix(".json") for name in os.listdir(self.folder) if name.endswith(".json")}
+        except FileNotFoundError:
+            return set()
 
     def read(self, *made_of: Any) -> dict | None:
         """The row; None while it is missing."""
@@ -61,6 +70,11 @@ class Rows:
 def _plain(made_of: Any) -> Any:
     """As JSON reads it back: frozen objects with the names of their classes."""
     if dataclasses.is_dataclass(made_of):
-        fields = {field.name: _plain(getattr(made_of, field.name)) for field in dataclasses.fields(made_of)}
-        return {"class": type(made_of).__name__} | fields
+        kind = type(made_of)
+        return {"class": kind.__name__} | {name: _plain(getattr(made_of, name)) for name in _fields(kind)}
     return [_plain(part) for part in made_of] if isinstance(made_of, (list, tuple)) else made_of
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))

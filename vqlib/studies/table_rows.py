@@ -42,6 +42,7 @@ class TableConfig:
     batch_size: int = 100  # images a forward
     iterations: int = 500  # of calibration
     recipe: str = "best"  # of every calibrated row but the paper's own
+    shard: int = 1000  # images of a task; the figures do not depend on it
     hessian_batches: int = BATCHES
     bootstrap: int = 200  # resamples for FD's interval
     seed: int = 0  # of codebooks and calibration; image i is sampled with seed i

@@ -1,0 +1,109 @@
+"""A calibration cut into stages is the calibration of one process, bit for bit, resumed and cut otherwise, too."""
+
+import pytest
+import tiny
+import torch
+
+from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.runs import read_records
+from vqlib.calibrator.stages import Stage
+from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.models import dit
+from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.soft import soft_layers
+from vqlib.studies.pipelined import calibrate_in_stages, cut
+from vqlib.system.fingerprint import fingerprint
+
+VQ = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
+RUN = CalibrationConfig(iterations=5, batch_size=2, steps=3, checkpoint_every=2)
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline(blocks=BLOCKS)
+
+
+def seen(records):
+    return [(r.iteration, r.block_losses, r.ratio_loss, r.layers) for r in records]
+
+
+def whole(pipe, config=RUN, vq=VQ):
+    run = calibrate(pipe, quantize(pipe.transformer, vq, seed=3), config)
+    return seen(run), fingerprint(run.finish())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"freeze_rule": "schedule", "ratio_loss_when": "never", "lr_decay": "cosine"},
+        {"train_codebooks": "frozen", "guidance_scale": 1.0, "optimizer": "adam"},
+    ],
+)
+@pytest.mark.parametrize("stages", [2, 3])
+def test_stages_are_one_calibration(pipe, stages, changes):
+    config = RUN.replace(**changes)
+    run = calibrate_in_stages(pipe, VQ, config, stages, seed=3)
+    assert (seen(run), fingerprint(run.finish())) == whole(pipe, config)
+
+
+def test_a_stopped_run_goes_on_where_all_blocks_were_kept_and_may_be_cut_otherwise(pipe, tmp_path):
+    first = calibrate_in_stages(pipe, VQ, RUN, 3, seed=3, out=tmp_path)
+    for _ in range(3):
+        next(first)
+    first.close()
+    assert len(list(tmp_path.glob("block-*-2.safetensors"))) == BLOCKS == len(list(tmp_path.glob("block-*")))
+    again = calibrate_in_stages(pipe, VQ, RUN, 2, seed=3, out=tmp_path)
+    assert again.iteration == 2
+    records, expected = seen(again), whole(pipe)
+    assert records == expected[0][2:] and seen(read_records(tmp_path)) == expected[0]
+    assert fingerprint(again.finish()) == expected[1]
+    with pytest.raises(RuntimeError, match="holds a run with seed=3, now seed=4"):
+        calibrate_in_stages(pipe, VQ, RUN, 2, seed=4, out=tmp_path)
+
+
+def test_a_kill_between_blocks_and_trajectory_leaves_the_checkpoint_before(pipe, tmp_path, monkeypatch):
+    run = calibrate_in_stages(pipe, VQ, RUN, 2, seed=3, out=tmp_path)
+    next(run), next(run), next(run)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.folder, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    run.close()
+    again = calibrate_in_stages(pipe, VQ, RUN, 2, seed=3, out=tmp_path)
+    assert again.iteration == 2 and seen(again) == whole(pipe)[0][2:]
+    again.close()
+
+
+def test_no_stage_holds_the_linears_of_others(pipe):
+    own = Stage(tiny.pipeline(blocks=BLOCKS), VQ, RUN, (1, 2), seed=3)
+    names = {name for name in dit.quantizable(pipe.transformer) if name.startswith("transformer_blocks.1.")}
+    assert set(soft_layers(own.models[1])) == set(dit.quantizable(own.pipe.transformer)) == names
+    codes = quantize(pipe.transformer, VQ, seed=3)
+    for name, layer in soft_layers(codes).items():
+        assert name not in names or torch.equal(layer.codebook, own.layers[name].codebook)
+
+
+@pytest.mark.parametrize(
+    "vq, config, message",
+    [
+        (VQ, RUN.replace(block_inputs="student"), "block_inputs='student': stages are independent"),
+        (VQ, RUN.replace(ratio_loss_when="rising"), "looks at the ratios of all blocks"),
+        (VQ.replace(codebook_scope="model"), RUN, "codebook_scope='model': stages share no codebook"),
+        (VQ.replace(assignment="error-feedback"), RUN, "needs second moments, which stages do not gather"),
+    ],
+)
+def test_what_stages_cannot_do_is_refused(pipe, vq, config, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_in_stages(pipe, vq, config, 2)
+
+
+def test_blocks_are_cut_as_equally_as_can_be():
+    assert cut(28, 8) == [(0, 3), (3, 7), (7, 10), (10, 14), (14, 17), (17, 21), (21, 24), (24, 28)]
+    assert cut(2, 1) == [(0, 2)] and cut(3, 3) == [(0, 1), (1, 2), (2, 3)]
+    with pytest.raises(ValueError, match="stages=4 is outside 1 … 3, the model's blocks"):
+        cut(3, 4)
