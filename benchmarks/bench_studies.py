@@ -223,7 +223,7 @@ def main() -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     cluster.add_node(**NODE)
-    ray.init(address=cluster.address, log_to_driver=False)
+    ray.init(address=cluster.address, log_to_driver=False, _node_ip_address="127.0.0.1")
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             rows = pd.DataFrame(PARTS[part](cluster, Path(folder)))

@@ -32,7 +32,7 @@ def cluster():
     torch.set_num_threads(1)  # as the workers have
     nodes = Cluster(initialize_head=True, head_node_args=node())
     nodes.add_node(**node())
-    ray.init(address=nodes.address, log_to_driver=False)
+    ray.init(address=nodes.address, log_to_driver=False, _node_ip_address="127.0.0.1")  # a raylet of its own address
     nodes.wait_for_nodes()
     yield nodes
     ray.shutdown()
