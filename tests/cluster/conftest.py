@@ -10,6 +10,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 TESTS = Path(__file__).resolve().parents[1]
+ADDRESS = "127.0.0.2"  # loopback, but not one that Ray takes for "this machine" and replaces by an outer address
 AGENTS = "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port"
 
 
@@ -17,12 +18,12 @@ def node():
     """Arguments of a node. A port that it is told it need not wait for: its agents take long to begin on a busy machine."""
     sockets = [socket.socket() for _ in AGENTS]
     for one in sockets:
-        one.bind(("127.0.0.1", 0))
+        one.bind((ADDRESS, 0))
     ports = dict(zip(AGENTS, (one.getsockname()[1] for one in sockets), strict=True))
     for one in sockets:
         one.close()
     small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    return small | {"node_ip_address": "127.0.0.1"} | ports
+    return small | {"node_ip_address": ADDRESS} | ports
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def cluster():
     torch.set_num_threads(1)  # as the workers have
     nodes = Cluster(initialize_head=True, head_node_args=node())
     nodes.add_node(**node())
-    ray.init(address=nodes.address, log_to_driver=False, _node_ip_address="127.0.0.1")  # a raylet of its own address
+    ray.init(address=nodes.address, log_to_driver=False, _node_ip_address=ADDRESS)
     nodes.wait_for_nodes()
     yield nodes
     ray.shutdown()

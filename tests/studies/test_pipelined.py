@@ -1,5 +1,6 @@
 """A calibration cut into stages is the calibration of one process, bit for bit, resumed and cut otherwise, too."""
 
+import families
 import pytest
 import tiny
 import torch
@@ -107,3 +108,10 @@ def test_blocks_are_cut_as_equally_as_can_be():
     assert cut(2, 1) == [(0, 2)] and cut(3, 3) == [(0, 1), (1, 2), (2, 3)]
     with pytest.raises(ValueError, match="stages=4 is outside 1 … 3, the model's blocks"):
         cut(3, 4)
+
+
+def test_blocks_that_hand_on_several_streams_are_refused_by_name():
+    with pytest.raises(
+        ValueError, match="SD3: its blocks hand on encoder_hidden_states, hidden_states; stages pass on one"
+    ):
+        Stage(families.sd3(), VQ, RUN, (0, 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import pytest
 import tiny
 import torch
@@ -103,3 +104,9 @@ def test_the_transformer_that_was_built_last_is_let_go(pipe, tmp_path):
     assert made.build(tmp_path) is made.build(tmp_path)
     row_tasks.release()
     assert not row_tasks._built
+
+
+def test_of_other_families_than_dits_the_memory_is_not_known():
+    how = Measuring.of(families.pixart(), REFERENCE)
+    assert Made(how, FullPrecision()).needs.memory == 0
+    assert Made(Measuring.of(tiny.pipeline(), REFERENCE), FullPrecision()).needs.memory > 0

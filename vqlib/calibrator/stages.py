@@ -58,6 +58,10 @@ class Stage:
         hessians: Mapping[str, Tensor] | None = None,
     ) -> None:
         require_independent(vq, config)
+        if len(pipe.denoiser.streams) > 1:
+            raise ValueError(
+                f"{pipe.name}: its blocks hand on {', '.join(pipe.denoiser.streams)}; stages pass on one tensor"
+            )
         keep_freed_memory()
         self.pipe, self.config, self.own = pipe, config, range(*blocks)
         count = len(dit.block_list(pipe.transformer))

@@ -22,6 +22,7 @@ from vqlib.evaluation.extractors import KINDS, Extractor, Features
 from vqlib.evaluation.image_sources import BLOCK
 from vqlib.evaluation.references import Reference, load_reference, resolve
 from vqlib.models import dit
+from vqlib.models.class_conditional import DiT
 from vqlib.models.geometry import Geometry
 from vqlib.models.pipeline import Pipeline
 from vqlib.studies.baselines.baseline import Baseline
@@ -57,7 +58,7 @@ class Measuring:
     reference_sha256: str
     extractor: str
     device: str  # as `device_label` has it
-    geometry: Geometry
+    geometry: Geometry | None  # None for other models than DiTs: what a task needs of memory is then not known
     shard: int = BLOCK
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class Measuring:
         source = Source.of(pipe, vae_name) if vae_name else Source.of(pipe)
         found = load_reference(reference)
         rest = {"device": device_label(pipe.device)} | rest
-        geometry = Geometry.of(dit.unwrapped(pipe.transformer).config)
+        transformer = dit.unwrapped(pipe.transformer)
+        geometry = Geometry.of(transformer.config) if isinstance(pipe.denoiser, DiT) else None
         return cls(source, str(reference), reference_fingerprint(found), found.extractor, geometry=geometry, **rest)
 
     def pipe(self) -> Pipeline:
@@ -110,7 +112,9 @@ class Made:
         """A core, a GPU where the study's device is one, and memory by the shapes."""
         on_host, sampled = self.how.device == "cpu", SamplingConfig().batch_size
         vq, calibration = getattr(self.method, "vq", VQConfig()), getattr(self.method, "calibration", None)
-        return Needs(1, 0 if on_host else 1, row_bytes(self.how.geometry, vq, calibration, sampled, on_host))
+        shape = self.how.geometry
+        memory = row_bytes(shape, vq, calibration, sampled, on_host) if shape else 0
+        return Needs(1, 0 if on_host else 1, memory)
 
     def made_of(self) -> tuple:
         return "made", self.method, self.how.source.transformer
