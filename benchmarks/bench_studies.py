@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -24,9 +25,13 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+import ray
 import torch
 from diffusers import DiTTransformer2DModel
 from machine import device_name, report, versions
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "cluster"))
+from nodes import node, two_nodes
 
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import pipeline
@@ -40,7 +45,6 @@ from vqlib.studies.pipelined import calibrate_in_stages, cut
 from vqlib.studies.stage_memory import dit_stage_bytes
 from vqlib.studies.tasks import Needs, under_way
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
 TABLE = TableConfig(
     images=1000, steps=10, iterations=10, hessian_batches=2, bootstrap=0, longer=(), shard=500,
     methods=(("RTN", (2,)), ("k-means", (2,)), ("VQ4DiT", (2,))),
@@ -68,8 +72,6 @@ class Nothing:
 
 def overhead(cluster, folder: Path) -> list[dict]:
     """1,000 tasks that do nothing, as Ray's own tasks and as a study's, whose rows are files."""
-    import ray
-
     count, nothing = 1000, ray.remote(lambda: None)
     ray.get([nothing.remote() for _ in range(20)])
     complete(run(folder / "warm", [Nothing(n) for n in range(4)], OnRay()))
@@ -109,13 +111,13 @@ def table(cluster, folder: Path) -> list[dict]:
 def kills(cluster, folder: Path) -> list[dict]:
     """The same table while a worker is killed ten times and a third node is removed."""
     wanted = make_table(TABLE, folder / "undisturbed", 2, report=lambda _: None).drop(columns="minutes")
-    draw, times, done, node = random.Random(0), [], threading.Event(), cluster.add_node(**NODE)
+    draw, times, done, third = random.Random(0), [], threading.Event(), cluster.add_node(**node())
 
     def kill() -> None:
         while len(times) < 10 and not done.wait(draw.uniform(0.5, 6.0)):
             workers = under_way(folder / "disturbed")
-            if len(times) == 5 and node in cluster.list_all_nodes():
-                cluster.remove_node(node)
+            if len(times) == 5 and third in cluster.list_all_nodes():
+                cluster.remove_node(third)
             if workers:
                 os.kill(int(draw.choice(workers)["where"].split(":")[-1]), signal.SIGKILL)
                 times.append(time.perf_counter())
@@ -126,14 +128,12 @@ def kills(cluster, folder: Path) -> list[dict]:
     seconds = time.perf_counter() - start
     done.set()
     killer.join()
-    removed = node not in cluster.list_all_nodes()
+    removed = third not in cluster.list_all_nodes()
     return [{"kills": len(times), "node removed": removed, "seconds": seconds, "same table": found.equals(wanted)}]
 
 
 def memory(cluster, folder: Path) -> list[dict]:
     """A seeded DiT of 4 blocks of width 768 calibrated by two actors; what they hold beyond an idle process that has imported vqlib."""
-    import ray
-
     geometry, (vq, config), source = Geometry(768, 12, 4, sample_size=16, classes=10), STAGES, folder / "model"
     shutil.copytree(pipeline.DATA / pipeline.BUNDLED, source)
     torch.manual_seed(0)
@@ -216,24 +216,12 @@ def main() -> None:
     parser.add_argument("--beside", default="nothing else", help="what else the machine was doing, for the notes")
     parser.add_argument("--save", action="store_true", help="also write results/studies-<part>.md")
     options = parser.parse_args()
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    cluster.add_node(**NODE)
-    ray.init(address=cluster.address, log_to_driver=False, _node_ip_address="127.0.0.1")
-    for part in options.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = pd.DataFrame(PARTS[part](cluster, Path(folder)))
-        notes = [
-            f"{device_name(threads=1)}; {versions('ray')}; two one-core nodes; beside it: {options.beside}.",
-            PARTS[part].__doc__,
-        ]
-        report(f"Studies: {part}", rows, notes, f"studies-{part}" if options.save else None)
-    ray.shutdown()
-    cluster.shutdown()
+    with two_nodes() as cluster:
+        for part in options.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = pd.DataFrame(PARTS[part](cluster, Path(folder)))
+            where = f"{device_name(threads=1)}; {versions('ray')}; two one-core nodes; beside it: {options.beside}."
+            report(f"Studies: {part}", rows, [where, PARTS[part].__doc__], f"studies-{part}" if options.save else None)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import ray
-from conftest import node
+from nodes import node
 from toys import Toy, begun
 
 from vqlib.config import CalibrationConfig, VQConfig
