@@ -123,7 +123,11 @@ def test_every_import_is_a_declared_dependency():
         unknown = {name.split(".")[0] for name in imports(path)} - core - optional.get(file, set())
         assert not unknown, f"vqlib/{file} imports {unknown}: not in pyproject.toml's dependencies"
     for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        siblings = {file.stem for folder in (path.parent, ROOT / "tests") for file in folder.glob("*.py")}
+        siblings = {
+            file.stem
+            for folder in (path.parent, ROOT / "tests", ROOT / "tests/cluster")
+            for file in folder.glob("*.py")
+        }
         unknown = {name.split(".")[0] for name in imports(path)} - known - siblings
         assert not unknown, f"{path.name} imports {unknown}: in no list of pyproject.toml"
 

@@ -90,16 +90,10 @@ class CalibrationConfig(Settings, _Guided):
     guidance_scale: float = 1.5
     inputs: str = "trajectory"  # or "noise": Gaussian x_t at random timesteps, the control experiment
     timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
-    block_inputs: str = (
-        "full"  # full-precision activations into every block; "student": its own, detached; "end-to-end"
-    )
+    block_inputs: str = "full"  # full-precision activations for every block; "student": its own, detached; "end-to-end"
     loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
-    path: str = (
-        "teacher"  # whose x_t the student is given; "student": its own from the same noise, aimed at the teacher's
-    )
-    activation_checkpointing: bool = (
-        False  # end to end: blocks run again in the backward pass, activations are not kept
-    )
+    path: str = "teacher"  # whose x_t the student is given; "student": its own, aimed at the teacher's signal
+    activation_checkpointing: bool = False  # end to end: blocks run twice, their activations are not kept
     block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
     lambda_d: float = 1.0
     lambda_r: float = 1.0
@@ -161,9 +155,7 @@ class SamplingConfig(Settings, _Guided):
 
     steps: int = 50
     guidance_scale: float = 1.5
-    guidance_channels: int | None = (
-        None  # latent channels that are guided; None: as many as the model's own sampler does
-    )
+    guidance_channels: int | None = None  # latent channels that are guided; None: as by the model's own sampler
     batch_size: int = 100
     products: str = "float32"  # of the transformer, "tf32", or "bfloat16" by autocast; latents are decoded in float32
 

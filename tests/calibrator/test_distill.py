@@ -11,6 +11,7 @@ from vqlib.calibrator.teacher import outputs_of
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import VQConfig, recipe, recipe_distillation
 from vqlib.models.process import guide
+from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden, soften
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.latent import with_latents
@@ -189,6 +190,24 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, rate):
     records = read_records(tmp_path / "parts")
     assert not any(codes_differ(whole, resumed))
     assert [record.output_loss for record in records] == [r.output_loss for r in read_records(tmp_path / "whole")]
+
+
+def test_a_run_belongs_to_its_start_made_here_or_loaded(tmp_path):
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    save(packed, tmp_path / "packed")
+    loaded = load_transformer(tmp_path / "packed")
+    whole = distill(pipe, packed, SETTINGS, out=tmp_path / "whole").finish()
+    run = distill(pipe, packed, SETTINGS, out=tmp_path / "parts")
+    for _ in range(2):
+        next(run)
+    run.close()
+    other = harden(quantize(pipe.transformer, CODES, seed=1))
+    with pytest.raises(RuntimeError, match="student.quantized_with.sha256="):
+        distill(pipe, other, SETTINGS, out=tmp_path / "parts")
+    again = SETTINGS.replace(activation_checkpointing=True)  # changes no bit, so it may change on the way
+    resumed = distill(pipe, loaded, again, out=tmp_path / "parts").finish()
+    assert all(torch.equal(values, trained(resumed)[name]) for name, values in trained(whole).items())
 
 
 def test_a_calibrated_student_is_hardened_first_and_left_alone():

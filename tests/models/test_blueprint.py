@@ -55,6 +55,8 @@ def test_sizes_by_kind_of_layer_add_up():
     vq = VQConfig(bits=2)
     kinds = FLUX_DEV.sizes_by_kind(vq)
     assert sum(sizes.total for sizes in kinds.values()) == pytest.approx(FLUX_DEV.sizes(vq).total)
+    wider = FLUX_DEV.sizes_by_kind(vq.replace(layers=(("*.attn.to_q", 16, 4),)))
+    assert wider["attn.to_q"].codes == kinds["attn.to_q"].codes / 2 and wider["attn.to_k"] == kinds["attn.to_k"]
     assert kinds["ff.net.2"].codes * MIB == 19 * 4 * 3072**2 / 4
     assert kinds["attn.to_q"].codes * MIB == (19 + 38) * 3072**2 / 4
 

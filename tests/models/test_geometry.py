@@ -36,9 +36,10 @@ def test_sizes_are_the_quoted_ones(bits):
     assert sizes.full == pytest.approx(quoted.loc[32, "total_mib"], abs=0.01)
 
 
+@pytest.mark.parametrize("rules", [{}, {"layers": (("*.to_q", 64, 4), ("*ff*", 8, 2)), "codebook_dtype": "float16"}])
 @pytest.mark.parametrize("scope", ["layer", "block", "model"])
-def test_sizes_are_those_of_a_packed_model(scope):
-    vq = VQConfig(k=16, d=4, codebook_scope=scope, candidates=1)
+def test_sizes_are_those_of_a_packed_model(scope, rules):
+    vq = VQConfig(k=16, d=4, codebook_scope=scope, candidates=1, **rules)
     model = tiny.transformer(blocks=3)
     table = size_report(harden(quantize(model, vq)), storage="float32")
     sizes = Geometry.of(model.config).sizes(vq)

@@ -23,9 +23,7 @@ from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.system.memory import sent
 
-MOVED = kernels.RatioStatistics._fields.index(
-    "winners_not_first"
-)  # of a row; with latents, those that moved in this step
+MOVED = kernels.RatioStatistics._fields.index("winners_not_first")  # with latents: those that moved in this step
 SETTLED = 0.99  # share of frozen sub-vectors from which a layer's codebook trains, with train_codebooks="frozen"
 
 

@@ -1,9 +1,10 @@
 """Output distillation, the last stage: codebooks, scales and biases trained on the full-precision model's own output.
 
 Block-wise calibration makes every block's error small by itself; how the errors of all blocks meet in the output it does
-not see. Here the student runs end to end on the full-precision model's trajectories, no image seen, and the squared
-difference of the two outputs (ε and v) is all that is learned from. Assignments stay as they are or, with `lr_latents`, follow
-latent weights that are trained straight through the choice of the nearest codeword.
+not see. Here the student runs end to end, no image seen, and one squared difference is all that is learned from: with
+path="teacher" that of the two outputs (ε and v) at the teacher's x_t; with path="student", as in `recipe_distillation("best")`,
+that of the signals √ᾱ x̂₀ = x − σ ε, the student at its own x_t, the teacher at its own, from the same noise. Assignments
+stay as they are or, with `lr_latents`, follow latent weights that are trained straight through the choice of the nearest codeword.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from vqlib.calibrator.calibrate import Calibration
 from vqlib.config import CalibrationConfig, recipe_distillation
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden, soften
+from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.latent import with_latents
 from vqlib.quantizer.soft import soft_layers
+from vqlib.system.fingerprint import digest
 
 
 def distill(
@@ -32,5 +35,13 @@ def distill(
     config = config or recipe_distillation("best")
     if config.loss_at != "output":
         raise ValueError(f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output'")
-    student = soften(harden(model) if soft_layers(model) else model)
+    packed = harden(model) if soft_layers(model) else model
+    student = soften(packed)
+    student.quantized_with = {"sha256": _codes_sha256(packed)}  # the run belongs to its start, made here or loaded
     return Calibration(pipe, with_latents(student) if config.lr_latents else student, config, out)
+
+
+def _codes_sha256(packed: nn.Module) -> str:
+    """Of codes, codebooks, scales and biases: what tells one packed start from another of the same teacher."""
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
+    return digest((f"{name}.{key}", t) for name, layer in layers.items() for key, t in layer.state_dict().items())

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vqlib.system.files import copies, remove_remains, write_bytes, write_tensors
 
-# A stopped run may be asked for more steps; rates and timetables then follow the new length from there on.
-MAY_DIFFER = ("calibration.iterations", "calibration.checkpoint_every")
+# A stopped run may be asked for more steps; rates and timetables then follow the new length from there on. The others change no bit.
+MAY_DIFFER = ("calibration.iterations", "calibration.checkpoint_every", "calibration.activation_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Record:
     layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
     seconds: float  # of this step
     memory: int  # peak bytes so far
-    output_loss: float | None = None  # mean squared difference of the models' outputs, where that is trained on
+    output_loss: float | None = None  # mean squared difference of outputs, or of signals (path="student")
 
     @property
     def loss(self) -> float:

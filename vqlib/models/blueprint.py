@@ -95,12 +95,12 @@ class Blueprint:
 
     @property
     def biases(self) -> int:
-        return sum(layer.bias.numel() for layer in self.layers.values() if layer.bias is not None)
+        return _biases(self.layers)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every quantized linear."""
-        return [(layer.out_features, layer.in_features) for layer in self.layers.values()]
+        return list(_shapes(self.layers).values())
 
     @property
     def parameters(self) -> int:
@@ -129,21 +129,23 @@ class Blueprint:
 
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
-        return counted(self.weights, self.biases, len(self.layers), self.depth, vq)
+        return counted(_shapes(self.layers), self.biases, vq)
 
     def sizes_by_kind(self, vq: VQConfig) -> dict[str, Sizes]:
         """The same by kind of layer: its name within a block, such as `attn.to_q`; a codebook of its own each."""
-        kinds: dict[str, list[nn.Linear]] = {}
+        kinds: dict[str, dict[str, nn.Linear]] = {}
         for name, layer in self.layers.items():
-            kinds.setdefault(name.split(".", 2)[2], []).append(layer)
-        return {
-            kind: counted(
-                sum(layer.weight.numel() for layer in layers),
-                sum(layer.bias.numel() for layer in layers if layer.bias is not None),
-                *(len(layers), len(layers), vq.replace(codebook_scope="layer")),
-            )
-            for kind, layers in kinds.items()
-        }
+            kinds.setdefault(name.split(".", 2)[2], {})[name] = layer
+        alone = vq.replace(codebook_scope="layer")
+        return {kind: counted(_shapes(layers), _biases(layers), alone) for kind, layers in kinds.items()}
+
+
+def _shapes(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def _biases(layers: Mapping[str, nn.Linear]) -> int:
+    return sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
 
 
 PIXART_SIGMA_XL = Blueprint(

@@ -16,10 +16,6 @@ GUIDED_CHANNELS = 3  # of 4, as both samplers do
 class DiT(Denoiser):
     """ε [R, C, h, w], or ε and v [R, 2C, h, w] of a learned variance; labels [R] are classes."""
 
-    def latent_shape(self, transformer: nn.Module) -> tuple[int, int, int]:
-        config = transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def forward(
         self, transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float
     ) -> Tensor:

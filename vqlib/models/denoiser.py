@@ -11,7 +11,7 @@ Output = Tensor | tuple[Tensor | None, ...]  # of a block: one stream [R, tokens
 
 
 class Denoiser:
-    """A family of transformers; a subclass overrides `latent_shape` and `forward`, and whatever else differs.
+    """A family of transformers; a subclass overrides `forward` and whatever else differs.
 
     A condition is a number: a class's, or a prompt's place in a list; the number behind the last one stands for "none", the
     unconditional half of classifier-free guidance. Blocks are the members of the transformer's module lists, in their order.
@@ -21,8 +21,9 @@ class Denoiser:
     halves = True  # whether guidance takes an unconditional half; False: the scale is the model's own input, or none is
 
     def latent_shape(self, transformer: nn.Module) -> tuple[int, int, int]:
-        """(channels, height, width) of one latent."""
-        raise NotImplementedError
+        """(channels, height, width) of one latent; unless overridden what a diffusers config says of it."""
+        config = transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
 
     def forward(
         self, transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float

@@ -11,12 +11,13 @@ from diffusers import DiTTransformer2DModel
 from vqlib.config import VQConfig
 
 MIB = 2**20
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number in a codebook
 FREQUENCIES = 256  # inputs of the timestep embedder
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the blocks' linears in MiB, as the paper counts: packed codes, codebooks (with scales) and biases in float32."""
+    """Of the blocks' linears in MiB, as the paper counts: packed codes, codebooks with scales, biases in float32."""
 
     full: float  # everything in float32, before quantization
     codes: float
@@ -135,13 +136,19 @@ class Geometry:
 
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
-        return counted(self.weights, self.biases, len(self.shapes), self.depth, vq)
+        named = {f"transformer_blocks.{i}.{n}": s for i in range(self.depth) for n, s in self.linears().items()}
+        return counted(named, self.biases, vq)
 
 
-def counted(weights: int, biases: int, layers: int, blocks: int, vq: VQConfig) -> Sizes:
-    """Sizes of so many weights and biases in so many layers and blocks."""
-    books = {"layer": layers, "block": blocks, "model": 1}[vq.codebook_scope]
-    scales = 0 if vq.codebook_scope == "layer" else 4 * layers
-    codes = weights // vq.d * (vq.k - 1).bit_length() / 8
-    books = 4 * books * vq.k * vq.d + scales
-    return Sizes(4 * (weights + biases) / MIB, codes / MIB, books / MIB, 4 * biases / MIB)
+def counted(layers: Mapping[str, tuple[int, int]], biases: int, vq: VQConfig) -> Sizes:
+    """Sizes of linears (out, in) by name, `list.block.…`, and of so many biases; every layer with its own k and d."""
+    codes, books = 0.0, set()
+    for name, (out, into) in layers.items():
+        own = vq.for_layer(name)
+        codes += out * into // own.d * (own.k - 1).bit_length() / 8
+        group = {"layer": name, "block": tuple(name.split(".")[:2]), "model": ""}[vq.codebook_scope]
+        books.add((group, own.k, own.d))  # layers share a codebook of one size only
+    weights = sum(out * into for out, into in layers.values())
+    scales = 0 if vq.codebook_scope == "layer" else 4 * len(layers)
+    size = BYTES[vq.codebook_dtype] * sum(k * d for _, k, d in books) + scales
+    return Sizes(4 * (weights + biases) / MIB, codes / MIB, size / MIB, 4 * biases / MIB)

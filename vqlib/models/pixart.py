@@ -20,10 +20,6 @@ class PixArt(Denoiser):
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts.require("PixArt", NAMES)
 
-    def latent_shape(self, transformer: nn.Module) -> tuple[int, int, int]:
-        config = transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def forward(
         self, transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float
     ) -> Tensor:

@@ -33,7 +33,7 @@ def harden(student: nn.Module) -> nn.Module:
 
 def harden_layer(layer: CandidateLinear, codewords: Tensor | None = None) -> VQLinear:
     """The packed layer in which every sub-vector takes its winner; `codewords` [k, d] lets layers share one codebook."""
-    codewords = _as_stored(layer) if codewords is None else codewords
+    codewords = _as_stored(layer, "a layer by itself") if codewords is None else codewords
     scale = 1.0 if layer.scale is None else layer.scale.detach()
     shape = layer.out_features, layer.in_features
     return VQLinear.from_assignments(layer.assignments(), codewords, shape, layer.bias, scale)
@@ -44,6 +44,7 @@ def soften(packed: nn.Module) -> nn.Module:
 
     Every layer has one candidate a sub-vector. Shared codebooks stay shared; `harden` is the inverse.
     """
+    packed = dit.unwrapped(packed)
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
     student = copy.deepcopy(packed, {id(layer): layer for layer in layers.values()})
     codebooks: dict[int, nn.Parameter] = {}
@@ -57,12 +58,12 @@ def soften(packed: nn.Module) -> nn.Module:
     return student.eval()
 
 
-def _as_stored(layer: CandidateLinear, name: str = "") -> Tensor:
+def _as_stored(layer: CandidateLinear, name: str) -> Tensor:
     """A copy of the codebook [k, d] in the type it is stored in. Raises ValueError where that does not hold its values."""
     codewords = layer.codebook.detach().clone().to(layer.codebook_dtype)
     if not codewords.isfinite().all():
         largest = layer.codebook.detach().abs().max().item()
-        raise ValueError(f"a codeword of {largest:g} does not fit into {layer.codebook_dtype} ({name})")
+        raise ValueError(f"{name}: a codeword of {largest:g} does not fit into {layer.codebook_dtype}")
     return codewords
 
 

@@ -237,7 +237,7 @@ def _moments_memory(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
 
 
 def _packed(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
-    """Bytes of the packed file: codes, float32 codebooks, all else once in float16."""
+    """Bytes of the packed file: codes, codebooks, all else once in float16."""
     sizes = geometry.sizes(vq)
     return int((sizes.codes + sizes.codebooks) * MIB) + 2 * (geometry.parameters - geometry.weights)
 

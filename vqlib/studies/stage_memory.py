@@ -24,7 +24,7 @@ def stage_bytes(
 
     rest: bytes of all that is no block's linear; linears: codebooks a block; weight_bytes: of a full-precision weight. What
     counts: both models' weights as they are held, ratios with their optimizer's state, the activations kept between a batch's
-    pass and the student's step, and of the widest block its graph, the reconstructed weights and their gradients.
+    pass and the student's step, and of the widest block its graph, the reconstructed weights and their gradients. Rules for single layers (`vq.layers`) are not followed: k and d are those of all.
     """
     rows = config.batch_size * (2 if config.guided else 1)
     choices = vq.candidates if vq.candidates > 1 else 0
