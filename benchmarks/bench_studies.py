@@ -66,6 +66,9 @@ class Nothing:
     def after(self):
         return ()
 
+    def leaves(self):
+        return ()
+
     def run(self, folder, unfinished):
         return {}
 

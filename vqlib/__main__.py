@@ -137,7 +137,9 @@ def table_job(job: Preset, options: argparse.Namespace) -> None:
         methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
         longer=(),
     )
-    rows = make_table(config, options.out / "table", options.workers, pipe=_load(job, options), on=options.on)
+    rows = make_table(
+        config, options.out / "table", options.workers, pipe=_load(job, options), on=options.on, store=options.store
+    )
     save_table(rows, options.out / "table" / "table")
     print(markdown(rows), f"table: {options.out / 'table' / 'table'}.csv, .tex", sep="\n")
 
@@ -166,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 …")
     parser.add_argument("--on", default="local", choices=PLACES, help="where a table's rows are made")
+    parser.add_argument(
+        "--store", default="", help="URL that keeps a table's rows where a cluster shares no file system"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that make a table's rows on the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of codebooks and candidates; images have seeds 0, 1, 2 …")
     return parser

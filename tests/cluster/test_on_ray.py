@@ -133,3 +133,15 @@ def test_a_calibration_by_two_actors_is_one_process_bit_for_bit(cluster):
         records = [(r.block_losses, r.ratio_loss, r.layers) for r in calibration]
         found.append((records, fingerprint(calibration.finish())))
     assert found[0] == found[1]
+
+
+def test_a_study_kept_in_a_store_is_whole_there(tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr(engines, "PAUSE", 0.1)
+    store = f"file://{tmp_path}/store"
+    base, here, there = Toy(1), tmp_path / "here", tmp_path / "there"
+    tasks = [Toy(n, "killed" if n == 3 else "", before=(base,)) for n in range(2, 6)]
+    here.mkdir(), there.mkdir()
+    complete(run(here, tasks, OnRay(store)))
+    last = complete(run(there, tasks, OnRay(store)))  # another machine, whose folder is empty
+    assert last.made == 4 and squares(there, tasks) == [4, 9, 16, 25]
+    assert rows(there, tasks) == rows(here, tasks) and not begun(there, 2)

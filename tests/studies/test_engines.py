@@ -160,3 +160,8 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"need Ray: pip install 'vqlib\[cluster\]'"):
         engine("ray")
+
+
+def test_a_store_is_for_machines_that_share_nothing():
+    with pytest.raises(ValueError, match="store='s3://bucket' is for on='ray'"):
+        engine("local", store="s3://bucket")

@@ -36,15 +36,15 @@ def make_table(
     report: Callable[[str], object] = print,
     pipe: Pipeline | None = None,
     on: str = "local",
+    store: str = "",
 ) -> pd.DataFrame:
     """Make every missing row and return the table (see `read_table`).
 
     pipe: the table's model, already loaded; by default it is loaded, onto the GPU where there is one. workers > 1: as many
     processes on the CPU, one thread each, which samples faster than one process with that many threads; a GPU has work
-    for one. `on`: "local" or "ray" (see `on_ray.engine`). Raises RuntimeError naming the rows that failed, once the others
-    are made.
+    for one. `on`, `store`: see `on_ray.engine`. Raises RuntimeError naming the rows that failed, once the others are made.
     """
-    config, at = config or TableConfig(), engine(on, 1)
+    config, at = config or TableConfig(), engine(on, 1, store)
     bench = Bench(config, folder, pipe, device=at.device if on == "ray" else None)
     at = at if on == "ray" else engine(on, workers if bench.how.device == "cpu" else 1)
     try:

@@ -1,7 +1,7 @@
 """The same studies on a Ray cluster (extra `cluster`), or where there is none on one that is begun on this machine.
 
 Every task is a Ray task of its own with the cores, GPUs and memory that it says it needs; it goes wherever they are free.
-All that is known of results is in the study's folder, which every machine has to have under the same path.
+All that is known of results is in the study's folder: a file system that the machines share or, with a `store`, a folder of each.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ import torch
 
 from vqlib.studies.engines import Engine
 from vqlib.studies.processes import Here, Processes
+from vqlib.studies.store import Store
 from vqlib.studies.tasks import Needs, Outcome, Task, attempt, key_of
 from vqlib.system.memory import device_label
 
 PLACES = ("local", "ray")
 
 
-def engine(on: str = "local", workers: int = 1) -> Engine:
+def engine(on: str = "local", workers: int = 1, store: str = "") -> Engine:
     """The engine of that name. "local": this process, or as many others as `workers` says; "ray": RAY_ADDRESS or this machine.
 
-    Raises ValueError for another name, ModuleNotFoundError saying what to install where Ray is not there.
+    store: URL where a cluster without a shared file system keeps the study (see `Store`); processes of one machine need none.
+    Raises ValueError for another name and for a store that is not used, ModuleNotFoundError saying what to install where Ray is not there.
     """
     if on not in PLACES:
         raise ValueError(f"on={on!r} is not one of {', '.join(PLACES)}")
     if on == "ray":
-        return OnRay()
+        return OnRay(store)
+    if store:
+        raise ValueError(f"store={store!r} is for on='ray': one machine has its folder")
     return Here() if workers <= 1 else Processes(workers)
 
 
@@ -59,12 +63,12 @@ class OnRay:
 
     room = 1000  # with Ray at a time: enough for it to plan and an autoscaler to see, few enough to keep no list
 
-    def __init__(self) -> None:
-        self._ray = ray_module()
+    def __init__(self, store: str = "") -> None:
+        self._ray, self._store = ray_module(), Store(store) if store else None
         self._own = join()
         self._attempt = self._ray.remote(max_retries=0)(_attempt)  # the loop tries again, and counts
         self._looked_at: set[Needs] = set()
-        self._keys: dict = {}  # Ray's reference to an outcome -> key
+        self._tasks: dict = {}  # Ray's reference to an outcome -> folder, task
 
     @property
     def device(self) -> str:
@@ -76,19 +80,19 @@ class OnRay:
     def start(self, folder: Path, task: Task, wait: bool) -> None:
         self._warn(task)
         options = demands(task.needs) | {"name": str(task)}
-        reference = self._attempt.options(**options).remote(str(folder), task, wait, task.needs.cpus)
-        self._keys[reference] = key_of(task)
+        reference = self._attempt.options(**options).remote(folder, task, wait, self._store)
+        self._tasks[reference] = folder, task
 
     def ended(self) -> list[Outcome]:
-        waiting = list(self._keys)
+        waiting = list(self._tasks)
         self._ray.wait(waiting, num_returns=1)
         ended, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
         return [self._outcome(reference) for reference in ended]
 
     def close(self) -> None:
-        for reference in self._keys:
+        for reference in self._tasks:
             self._ray.cancel(reference, force=True)
-        self._keys = {}
+        self._tasks = {}
         if self._own and self._ray.is_initialized():
             self._ray.shutdown()
 
@@ -106,9 +110,15 @@ class OnRay:
         warnings.warn(f"{told}; no machine of the cluster has as much: it waits for one that has", stacklevel=2)
 
     def _outcome(self, reference) -> Outcome:
-        key = self._keys.pop(reference)
+        folder, task = self._tasks.pop(reference)
+        key = key_of(task)
         try:
-            return self._ray.get(reference)
+            outcome = self._ray.get(reference)
+            if self._store and outcome.state in ("made", "there"):
+                self._store.fetch_row(folder, task)
+            return outcome
+        except OSError as error:
+            return Outcome(key, "lost", error=f"the store: {type(error).__name__}: {error}")
         except (self._ray.exceptions.RayTaskError, self._ray.exceptions.TaskUnschedulableError) as error:
             return Outcome(key, "failed", error=_last_line(error))  # not the task's own error: those are outcomes
         except self._ray.exceptions.RayError as error:  # worker or node gone, out of memory
@@ -120,10 +130,10 @@ def demands(needs: Needs) -> dict:
     return {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory or None}
 
 
-def _attempt(folder: str, task: Task, wait: bool, threads: int) -> Outcome:
+def _attempt(folder: Path, task: Task, wait: bool, store: Store | None) -> Outcome:
     """On a worker of the cluster."""
-    torch.set_num_threads(threads)
-    return attempt(Path(folder), task, wait)
+    torch.set_num_threads(task.needs.cpus)
+    return (store.attempt if store else attempt)(folder, task, wait)
 
 
 def _gpu() -> str:

@@ -116,6 +116,9 @@ class Made:
         memory = row_bytes(shape, vq, calibration, sampled, on_host) if shape else 0
         return Needs(1, 0 if on_host else 1, memory)
 
+    def leaves(self) -> tuple[str, ...]:
+        return (f"models/{self.name}",)
+
     def made_of(self) -> tuple:
         return "made", self.method, self.how.source.transformer
 
@@ -124,7 +127,7 @@ class Made:
 
     def build(self, folder: Path) -> Baseline:
         """The transformer, made or loaded; the last one is kept for the next task of this process."""
-        place = folder / "models" / self.name
+        place = folder / self.leaves()[0]
         if str(place) not in _built:
             _built.clear()
             _built[str(place)] = self.method.build(self.how.pipe(), place)
@@ -164,6 +167,9 @@ class Shard:
     def after(self) -> tuple:
         return (self.made,)
 
+    def leaves(self) -> tuple[str, ...]:
+        return (f"features/{key_of(self)}.safetensors",)
+
     def run(self, folder: Path, unfinished: Path) -> dict:
         start = time.monotonic()
         self.features(folder, unfinished)
@@ -171,7 +177,7 @@ class Shard:
 
     def features(self, folder: Path, unfinished: Path) -> Features:
         """Of its images in order; from the file or, where that is not there or damaged, made."""
-        path = folder / "features" / f"{key_of(self)}.safetensors"
+        path = folder / self.leaves()[0]
         try:
             return Features(**load_file(path))
         except (FileNotFoundError, SafetensorError, TypeError):
@@ -218,6 +224,9 @@ class Evaluated:
         size = self.made.how.shard
         firsts = range(0, self.images, size)
         return tuple(Shard(self.made, self.sampling, f, min(size, self.images - f)) for f in firsts)
+
+    def leaves(self) -> tuple[str, ...]:
+        return ()
 
     def run(self, folder: Path, unfinished: Path) -> dict:
         start, rows, shards = time.monotonic(), rows_of(folder), self.after()

@@ -50,6 +50,9 @@ class Task(Protocol):
     def after(self) -> Sequence[Task]:
         """The tasks whose results it reads."""
 
+    def leaves(self) -> Sequence[str]:
+        """Files and folders that it writes besides its row, under the study's folder."""
+
     def run(self, folder: Path, unfinished: Path) -> dict:
         """The result, JSON-safe. `unfinished`: a folder that survives a kill and goes when the result is kept."""
 
