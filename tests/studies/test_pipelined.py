@@ -110,8 +110,9 @@ def test_blocks_are_cut_as_equally_as_can_be():
         cut(3, 4)
 
 
-def test_blocks_that_hand_on_several_streams_are_refused_by_name():
-    with pytest.raises(
-        ValueError, match="SD3: its blocks hand on encoder_hidden_states, hidden_states; stages pass on one"
-    ):
-        Stage(families.sd3(), VQ, RUN, (0, 1))
+@pytest.mark.parametrize("family", [families.pixart, families.sd3, families.flux], ids=lambda f: f.__name__)
+def test_stages_hand_on_all_streams_of_a_family(family):
+    pipe = family()
+    config = RUN.replace(iterations=2, batch_size=3)
+    run = calibrate_in_stages(pipe, VQ, config, len(dit.block_list(pipe.transformer)), seed=3)
+    assert (seen(run), fingerprint(run.finish())) == whole(pipe, config)

@@ -23,6 +23,7 @@ from vqlib.calibrator.teacher import following, require_finite, teacher_forward
 from vqlib.calibrator.trajectory import Inputs
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit
+from vqlib.models.denoiser import Output, compared
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden_layer
@@ -58,10 +59,6 @@ class Stage:
         hessians: Mapping[str, Tensor] | None = None,
     ) -> None:
         require_independent(vq, config)
-        if len(pipe.denoiser.streams) > 1:
-            raise ValueError(
-                f"{pipe.name}: its blocks hand on {', '.join(pipe.denoiser.streams)}; stages pass on one tensor"
-            )
         keep_freed_memory()
         self.pipe, self.config, self.own = pipe, config, range(*blocks)
         count = len(dit.block_list(pipe.transformer))
@@ -76,16 +73,16 @@ class Stage:
         self.steps: dict[int, BlockStep] = {index: steps[index] for index in self.own}
         self.models = pipe.transformer, student
         self.embedder = SharedEmbedder(*self.models)
-        self.seen: list[tuple[tuple, dict, Tensor]] = []
+        self.seen: list[tuple[tuple, dict, Output]] = []
 
-    def forward(self, inputs: Inputs, received: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Inputs, received: Output | None = None) -> Output:
         """The full-precision blocks on a batch and on what the stage before gave; they are kept for `learn`.
 
         What the next stage is to be given; of the last one the model's output. FloatingPointError where it is not finite.
         """
         self.passing.value, self.seen = received, []
 
-        def visit(index: int, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def visit(index: int, args: tuple, kwargs: dict, output: Output) -> None:
             if index in self.own:
                 self.seen.append((args, kwargs, output))
                 self.passing.value = output
@@ -94,7 +91,7 @@ class Stage:
             with following(self.pipe.transformer, visit):
                 output = teacher_forward(self.pipe, inputs)
         given, self.passing.value = output if self.last else self.passing.value, None
-        require_finite(self.pipe, bool(given.isfinite().all()))
+        require_finite(self.pipe, bool(compared(given).isfinite().all()))
         return given
 
     def learn(self, iteration: int) -> StageRecord:
@@ -107,7 +104,7 @@ class Stage:
                 for step, (args, kwargs, output) in zip(self.steps.values(), self.seen, strict=True)
             ]
         self.seen = []
-        losses, rows, _ = read_back([r.loss for r in records], [r.rows for r in records], records[-1].output)
+        losses, rows, _ = read_back([r.loss for r in records], [r.rows for r in records], compared(records[-1].output))
         layers: dict[str, dict[str, Any]] = {}
         for step, loss, own in zip(self.steps.values(), losses, rows, strict=True):
             step.checked(loss, moment)
@@ -162,10 +159,18 @@ def require_independent(vq: VQConfig, config: CalibrationConfig) -> None:
 class _Passing:
     """What takes the place of blocks that are elsewhere: they give what is being passed on."""
 
-    value: Tensor | None = None
+    value: Output | None = None
 
-    def __call__(self, *args, **kwargs) -> Tensor | None:
+    def __call__(self, *args, **kwargs) -> Output | None:
         return self.value
+
+
+class _Elsewhere(nn.Module):
+    """The place of a linear that another stage has: its block still counts as one."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
 
 
 def _leave_to_others(transformer: nn.Module, own: range) -> _Passing:
@@ -174,7 +179,7 @@ def _leave_to_others(transformer: nn.Module, own: range) -> _Passing:
     foreign = {module for index, block in enumerate(blocks) if index not in own for module in block.modules()}
     for name, layer in dit.quantizable(transformer).items():
         if layer in foreign:
-            dit.swap(transformer, name, nn.Identity())
+            dit.swap(transformer, name, _Elsewhere(layer.in_features))
     for index, block in enumerate(blocks):
         if index not in own:
             block.forward = passing
