@@ -6,9 +6,10 @@ import tiny
 import torch
 
 from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.calibrator.stages import Stage
-from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.config import CalibrationConfig, VQConfig, recipe
 from vqlib.models import dit
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import soft_layers
@@ -16,7 +17,8 @@ from vqlib.studies.pipelined import calibrate_in_stages, cut
 from vqlib.system.fingerprint import fingerprint
 
 VQ = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
-RUN = CalibrationConfig(iterations=5, batch_size=2, steps=3, checkpoint_every=2)
+SHORT = {"iterations": 5, "batch_size": 2, "steps": 3, "checkpoint_every": 2}
+RUN = CalibrationConfig(**SHORT)
 BLOCKS = 3
 
 
@@ -95,12 +97,28 @@ def test_no_stage_holds_the_linears_of_others(pipe):
         (VQ, RUN.replace(block_inputs="student"), "block_inputs='student': stages are independent"),
         (VQ, RUN.replace(ratio_loss_when="rising"), "looks at the ratios of all blocks"),
         (VQ.replace(codebook_scope="model"), RUN, "codebook_scope='model': stages share no codebook"),
-        (VQ.replace(assignment="error-feedback"), RUN, "needs second moments, which stages do not gather"),
     ],
 )
 def test_what_stages_cannot_do_is_refused(pipe, vq, config, message):
     with pytest.raises(ValueError, match=message):
         calibrate_in_stages(pipe, vq, config, 2)
+
+
+def test_every_stage_gathers_the_second_moments_of_its_own_layers(pipe, tmp_path):
+    """Recipe `best`, which needs them: codes, records and model are those of one process, after a stop, too."""
+    vq, config = VQ.replace(assignment="error-feedback", ratio_start="leading"), recipe("best", **SHORT)
+    student = quantize(pipe.transformer, vq, seed=3, hessians=input_hessians(pipe, config, 4))
+    one = calibrate(pipe, student, config)
+    expected = seen(one), fingerprint(one.finish())
+    run = calibrate_in_stages(pipe, vq, config, 2, seed=3, batches=4)
+    assert (seen(run), fingerprint(run.finish())) == expected
+    first = calibrate_in_stages(pipe, vq, config, 2, seed=3, out=tmp_path, batches=4)
+    next(first), next(first)
+    first.close()
+    again = calibrate_in_stages(pipe, vq, config, 3, seed=3, out=tmp_path, batches=4)
+    assert again.iteration == 2 and fingerprint(again.finish()) == expected[1]
+    with pytest.raises(ValueError, match="batches=0 must be at least 1"):
+        calibrate_in_stages(pipe, vq, config, 2, batches=0)
 
 
 def test_blocks_are_cut_as_equally_as_can_be():

@@ -7,7 +7,6 @@ through the stages behind it. What it computes is what `Calibration` computes, b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vqlib.calibrator.block import BlockStep, Moment, block_steps
 from vqlib.calibrator.calibrate import read_back, with_prefix
+from vqlib.calibrator.hessians import SecondMoments
 from vqlib.calibrator.optimizers import prepare_parameters
 from vqlib.calibrator.teacher import following, require_finite, teacher_forward
 from vqlib.calibrator.trajectory import Inputs
@@ -56,24 +56,40 @@ class Stage:
         config: CalibrationConfig,
         blocks: tuple[int, int],
         seed: int = 0,
-        hessians: Mapping[str, Tensor] | None = None,
     ) -> None:
         require_independent(vq, config)
         keep_freed_memory()
-        self.pipe, self.config, self.own = pipe, config, range(*blocks)
+        self.pipe, self.vq, self.config, self.seed, self.own = pipe, vq, config, seed, range(*blocks)
         count = len(dit.block_list(pipe.transformer))
         if not 0 <= blocks[0] < blocks[1] <= count:
             raise ValueError(f"blocks {blocks[0]} … {blocks[1] - 1} are not among the {count} of {pipe.name}")
         self.last = blocks[1] == count
         self.passing = _leave_to_others(pipe.transformer, self.own)
-        student = quantize(pipe.transformer, vq, seed, hessians=hessians)
-        prepare_parameters(student, config)
-        self.layers = soft_layers(student)
-        steps, _ = block_steps(student, config)
-        self.steps: dict[int, BlockStep] = {index: steps[index] for index in self.own}
-        self.models = pipe.transformer, student
+        self.models: tuple[nn.Module, ...] = (pipe.transformer,)
         self.embedder = SharedEmbedder(*self.models)
         self.seen: list[tuple[tuple, dict, Output]] = []
+        self.moments = SecondMoments(dit.quantizable(pipe.transformer)) if needs_moments(vq) else None
+        if self.moments is None:
+            self.quantize()
+
+    def gather(self, inputs: Inputs, received: Output | None = None) -> Output:
+        """`forward` whose batch counts in the second moments that error feedback needs, before `quantize`."""
+        with self.moments.gathering():
+            given = self.forward(inputs, received)
+        self.seen = []
+        return given
+
+    def quantize(self) -> None:
+        """Codebooks, candidates and ratios of the own layers."""
+        hessians = self.moments and self.moments.means()
+        student = quantize(self.pipe.transformer, self.vq, self.seed, hessians=hessians)
+        self.moments = None
+        prepare_parameters(student, self.config)
+        self.layers = soft_layers(student)
+        steps, _ = block_steps(student, self.config)
+        self.steps: dict[int, BlockStep] = {index: steps[index] for index in self.own}
+        self.models = self.pipe.transformer, student
+        self.embedder = SharedEmbedder(*self.models)
 
     def forward(self, inputs: Inputs, received: Output | None = None) -> Output:
         """The full-precision blocks on a batch and on what the stage before gave; they are kept for `learn`.
@@ -144,6 +160,11 @@ class Stage:
 def block_file(folder: Path, block: int, iteration: int) -> Path:
     """Where a block's state after that many steps is kept."""
     return Path(folder) / f"block-{block}-{iteration}.safetensors"
+
+
+def needs_moments(vq: VQConfig) -> bool:
+    """Whether batches have to be gathered before `Stage.quantize`."""
+    return vq.assignment != "nearest"
 
 
 def require_independent(vq: VQConfig, config: CalibrationConfig) -> None:

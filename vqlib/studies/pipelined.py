@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from vqlib.calibrator.calibrate import with_prefix
+from vqlib.calibrator.hessians import BATCHES, require_batches
 from vqlib.calibrator.runs import Record, RunFolder
-from vqlib.calibrator.stages import Stage, StageRecord, block_file, require_independent
+from vqlib.calibrator.stages import Stage, StageRecord, block_file, needs_moments, require_independent
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import dit, pipeline
@@ -139,6 +140,7 @@ class Pipelined(Iterator[Record]):
         stages: int,
         seed: int = 0,
         out: str | Path | None = None,
+        batches: int = BATCHES,
     ) -> None:
         require_independent(vq, config)
         fitting_layers(pipe.transformer, vq)
@@ -147,10 +149,13 @@ class Pipelined(Iterator[Record]):
         self.iteration, self.begun = 0, 0
         self.records: deque = deque()  # what the stages will have seen in the steps that are begun
         settings = {"calibration": config.to_dict(), "quantization": vq.to_dict(), "seed": seed}
+        settings |= {"batches": batches} if needs_moments(vq) else {}
         settings["teacher_sha256"] = fingerprint(pipe.transformer)
         self.folder: RunFolder | None = None
         try:
             self.folder = RunFolder(out, settings) if out is not None else None
+            if needs_moments(vq):
+                self._gather(batches)
             if not self._resume():
                 self.trajectory.stagger(lambda inputs: self.place.value(self._forward(inputs)))
         except BaseException:
@@ -197,11 +202,22 @@ class Pipelined(Iterator[Record]):
         self.records.append([self.place.call(stage, "learn", self.begun) for stage in self.stages])
         self.trajectory.advance(self.place.value(output).to(self.trajectory.device))
 
-    def _forward(self, inputs: Inputs) -> Any:
+    def _forward(self, inputs: Inputs, method: str = "forward") -> Any:
         given = None
         for stage in self.stages:
-            given = self.place.call(stage, "forward", inputs, given)
+            given = self.place.call(stage, method, inputs, given)
         return given
+
+    def _gather(self, batches: int) -> None:
+        """Second moments as `input_hessians` has them, every stage those of its own layers; then all stages quantize."""
+        require_batches(batches)
+        trajectory = Trajectory(self.pipe, self.config)
+        trajectory.stagger(lambda inputs: self.place.value(self._forward(inputs)))
+        for _ in range(batches):
+            output = self.place.value(self._forward(trajectory.inputs(), "gather"))
+            trajectory.advance(output.to(trajectory.device))
+        for quantized in [self.place.call(stage, "quantize") for stage in self.stages]:
+            self.place.value(quantized)
 
     def _kept_soon(self) -> bool:
         """Whether the step begun last is one after which the run is kept: nothing may be ahead of it then."""
@@ -251,20 +267,19 @@ def calibrate_in_stages(
     on: str = "local",
     device: str = "cpu",
     needs: Needs | None = None,
+    batches: int = BATCHES,
 ) -> Pipelined:
     """Quantize and calibrate `pipe` by that many stages; `on`: "ray", or "local" for all of them in this process.
 
-    `device`, `needs`: of one stage on the cluster. Error feedback's second moments are not gathered by stages.
+    `device`, `needs`: of one stage on the cluster. batches: of second moments, where error feedback needs them (`input_hessians`).
     """
     require_independent(vq, config)
-    if vq.assignment != "nearest":
-        raise ValueError(f"assignment={vq.assignment!r} needs second moments, which stages do not gather")
     cuts = cut(len(dit.block_list(pipe.transformer)), stages)
     if on == "ray":
         place: Place = StagesOnRay(Source.of(pipe), device, vq, config, cuts, seed, needs or Needs())
     else:
         place = StagesHere(pipe, vq, config, cuts, seed)
-    return Pipelined(pipe, vq, config, place, stages, seed, out)
+    return Pipelined(pipe, vq, config, place, stages, seed, out, batches)
 
 
 def _joined(iteration: int, seen: Sequence[StageRecord], seconds: float) -> Record:
