@@ -8,6 +8,7 @@ against the estimate. paper: hours and cost of the paper's table on more and mor
 """
 
 import argparse
+import gc
 import heapq
 import itertools
 import os
@@ -33,6 +34,8 @@ from machine import device_name, report, versions
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "cluster"))
 from nodes import node, two_nodes
 
+from vqlib.calibrator.stages import Stage
+from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import pipeline
 from vqlib.models.geometry import MIB, Geometry
@@ -135,15 +138,28 @@ def kills(cluster, folder: Path) -> list[dict]:
     return [{"kills": len(times), "node removed": removed, "seconds": seconds, "same table": found.equals(wanted)}]
 
 
+def _idle() -> int:
+    """Bytes of a process that has made a step of a very small stage."""
+    torch.manual_seed(0)
+    small = Geometry(64, 2, 1, sample_size=16, classes=10).build().eval().requires_grad_(False)
+    pipe, (vq, config) = pipeline.load().with_transformer(small), STAGES
+    stage = Stage(pipe, vq.replace(bits=None, k=16, d=4), config, (0, 1))
+    stage.forward(Trajectory(pipe, config).inputs())
+    stage.learn(1)
+    del stage, pipe, small
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
 def memory(cluster, folder: Path) -> list[dict]:
-    """A seeded DiT of 4 blocks of width 768 calibrated by two actors; what they hold beyond an idle process that has imported vqlib."""
+    """A seeded DiT of 4 blocks of width 768 calibrated by two actors; what they hold beyond a process that has compiled its kernels."""
     geometry, (vq, config), source = Geometry(768, 12, 4, sample_size=16, classes=10), STAGES, folder / "model"
     shutil.copytree(pipeline.DATA / pipeline.BUNDLED, source)
     torch.manual_seed(0)
     DiTTransformer2DModel(**geometry.config()).eval().save_pretrained(source / "transformer")
     for other in (source / "transformer").glob("*.fp16.*"):
         other.unlink()
-    idle = ray.get(ray.remote(lambda: __import__("vqlib") and psutil.Process().memory_info().rss).remote())
+    idle = ray.get(ray.remote(max_calls=1)(_idle).remote())
     pipe = pipeline.load(str(source))
     calibration = calibrate_in_stages(pipe, vq, config, 2, on="ray")
     pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in calibration.place.actors]
@@ -162,7 +178,7 @@ def memory(cluster, folder: Path) -> list[dict]:
     rows = []
     for (first, last), peak in zip(cut(geometry.depth, 2), peaks, strict=True):
         expected = dit_stage_bytes(geometry, (first, last), vq, config)
-        row = {"blocks": f"{first}–{last - 1}", "peak MiB": peak / MIB, "idle process MiB": idle / MIB}
+        row = {"blocks": f"{first}–{last - 1}", "peak MiB": peak / MIB, "process MiB": idle / MIB}
         rows.append(row | {"measured MiB": (peak - idle) / MIB, "estimate MiB": expected / MIB})
     return rows
 

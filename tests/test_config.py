@@ -42,9 +42,12 @@ def test_every_recipe_survives_a_round_trip_through_a_dict():
 
 
 def test_rules_of_layers_survive_json():
-    config = VQConfig(k=16, d=4, layers=(("*to_q", 8, 2), ("*", 4, 4)), candidates=2)
+    config = VQConfig(k=16, d=4, layers=(("*to_q", 8, 2), ("*", 4, 4)), candidates=2, full_precision=("*.3.*",))
     assert VQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.for_layer("blocks.0.to_q") == VQConfig(k=8, d=2, candidates=2)
+    assert config.takes("blocks.0.to_q") and not config.takes("blocks.3.to_q")
+    with pytest.raises(ValueError, match="full_precision='q' is not a list of patterns"):
+        VQConfig(full_precision="q")
 
 
 def test_every_recipe_has_its_candidates_and_start_at_any_bits():

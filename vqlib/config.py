@@ -6,6 +6,7 @@ Every field carries its unit or range; `__post_init__` refuses what cannot work,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,6 +15,7 @@ from vqlib.system.settings import Settings, as_seed
 BITS_TO_K_D = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits per weight = log2(k) / d
 PRODUCTS = ("float32", "tf32", "bfloat16")  # of a model's matrix products and convolutions
 LayerRules = tuple[tuple[str, int, int], ...]
+Patterns = tuple[str, ...]
 CODEBOOK_TYPES = ("float32", "float16", "bfloat16")
 RATIO_STARTS = ("equal", "distance", "least-squares", "leading")
 
@@ -35,6 +37,7 @@ class VQConfig(Settings):
     layer, a block, or the whole model (then each layer keeps a scale of its own). `assignment`: the candidates are the
     codewords nearest to the weights, or those of error feedback, which needs the second moments of the layers' inputs.
     `layers`: (pattern, k, d), as the shell's, for layers that take other codes; the first that fits a layer's name holds.
+    `full_precision`: patterns of layers that are left as they are.
     """
 
     bits: float | None = None
@@ -47,6 +50,7 @@ class VQConfig(Settings):
     assignment: str = "nearest"  # or "error-feedback"
     codebook_dtype: str = "float32"  # as stored, "float16" or "bfloat16"; they are trained in float32
     layers: LayerRules = ()
+    full_precision: Patterns = ()
 
     def _check(self):
         if (self.k is None) != (self.d is None):
@@ -77,7 +81,18 @@ class VQConfig(Settings):
     def for_layer(self, name: str) -> VQConfig:
         """The settings of one layer: k and d of the first of `layers` that fits its dotted name, else of all."""
         k, d = next(((k, d) for pattern, k, d in self.layers if fnmatchcase(name, pattern)), (self.k, self.d))
-        return self.replace(k=k, d=d, bits=None, layers=())
+        return self.replace(k=k, d=d, bits=None, layers=(), full_precision=())
+
+    def takes(self, name: str) -> bool:
+        """Whether the layer of that dotted name is quantized."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.full_precision)
+
+    def require_used(self, names: Iterable[str]) -> None:
+        """Raises ValueError naming a pattern that fits none of the layers."""
+        names = list(names)
+        for pattern in (*self.full_precision, *(pattern for pattern, _, _ in self.layers)):
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"pattern {pattern!r} fits none of the {len(names)} layers, {names[0]} the first")
 
 
 @dataclass(frozen=True)

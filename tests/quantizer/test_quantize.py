@@ -148,6 +148,12 @@ def test_only_layers_of_the_same_codes_share_a_codebook(scope, codebooks):
     assert len({id(layer.codebook) for layer in soft_layers(student).values()}) == codebooks
 
 
+def test_a_pattern_that_fits_no_layer_is_named():
+    for config in ({"layers": (("*to_qq", 8, 2),)}, {"full_precision": ("*to_qq",)}):
+        with pytest.raises(ValueError, match=r"pattern '\*to_qq' fits none of the 14 layers, transformer_blocks.0"):
+            quantize(tiny.transformer(), VQConfig(k=16, d=4, **config))
+
+
 def test_a_rule_that_does_not_fit_a_layer_names_it():
     with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.1.attn1.to_k\)"):
         quantize(tiny.transformer(), VQConfig(k=16, d=4, layers=(("*.1.*to_k", 16, 5),)))

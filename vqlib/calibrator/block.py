@@ -87,7 +87,8 @@ class BlockStep:
             output = self.block(*args, **kwargs)
             loss = block_loss(output, target)
             weight, pushed = distance_weight(self.config, target), self.logits if moment.push else ()
-            backward(weight, loss, self.config.lambda_r, self.config.ratio_loss, pushed)
+            if loss.requires_grad:  # a block may hold nothing that is trained
+                backward(weight, loss, self.config.lambda_r, self.config.ratio_loss, pushed)
         self._hold(moment)
         return BlockRecord(loss.detach(), detached(output), self.update(loss.detach(), moment))
 

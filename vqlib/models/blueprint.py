@@ -95,12 +95,12 @@ class Blueprint:
 
     @property
     def biases(self) -> int:
-        return _biases(self.layers)
+        return sum(count for *_, count in _linears(self.layers).values())
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every quantized linear."""
-        return list(_shapes(self.layers).values())
+        return [(out, into) for out, into, _ in _linears(self.layers).values()]
 
     @property
     def parameters(self) -> int:
@@ -129,7 +129,7 @@ class Blueprint:
 
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
-        return counted(_shapes(self.layers), self.biases, vq)
+        return counted(_linears(self.layers), vq)
 
     def sizes_by_kind(self, vq: VQConfig) -> dict[str, Sizes]:
         """The same by kind of layer: its name within a block, such as `attn.to_q`; a codebook of its own each."""
@@ -137,15 +137,12 @@ class Blueprint:
         for name, layer in self.layers.items():
             kinds.setdefault(name.split(".", 2)[2], {})[name] = layer
         alone = vq.replace(codebook_scope="layer")
-        return {kind: counted(_shapes(layers), _biases(layers), alone) for kind, layers in kinds.items()}
+        return {kind: counted(_linears(layers), alone) for kind, layers in kinds.items()}
 
 
-def _shapes(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-
-
-def _biases(layers: Mapping[str, nn.Linear]) -> int:
-    return sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
+def _linears(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int, int]]:
+    """(out, in, biases) by name."""
+    return {n: (m.out_features, m.in_features, 0 if m.bias is None else m.bias.numel()) for n, m in layers.items()}
 
 
 PIXART_SIGMA_XL = Blueprint(

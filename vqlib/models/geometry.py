@@ -136,19 +136,21 @@ class Geometry:
 
     def sizes(self, vq: VQConfig) -> Sizes:
         """Sizes under the paper's counting."""
-        named = {f"transformer_blocks.{i}.{n}": s for i in range(self.depth) for n, s in self.linears().items()}
-        return counted(named, self.biases, vq)
+        block = {name: (out, into, out) for name, (out, into) in self.linears().items()}
+        return counted({f"transformer_blocks.{i}.{n}": s for i in range(self.depth) for n, s in block.items()}, vq)
 
 
-def counted(layers: Mapping[str, tuple[int, int]], biases: int, vq: VQConfig) -> Sizes:
-    """Sizes of linears (out, in) by name, `list.block.…`, and of so many biases; every layer with its own k and d."""
+def counted(linears: Mapping[str, tuple[int, int, int]], vq: VQConfig) -> Sizes:
+    """Sizes of linears (out, in, biases) by name, `list.block.…`: of those that are quantized, each with its own k and d."""
+    layers = {name: shape for name, shape in linears.items() if vq.takes(name)}
     codes, books = 0.0, set()
-    for name, (out, into) in layers.items():
+    for name, (out, into, _) in layers.items():
         own = vq.for_layer(name)
         codes += out * into // own.d * (own.k - 1).bit_length() / 8
         group = {"layer": name, "block": tuple(name.split(".")[:2]), "model": ""}[vq.codebook_scope]
         books.add((group, own.k, own.d))  # layers share a codebook of one size only
-    weights = sum(out * into for out, into in layers.values())
+    weights = sum(out * into for out, into, _ in layers.values())
+    biases = sum(count for *_, count in layers.values())
     scales = 0 if vq.codebook_scope == "layer" else 4 * len(layers)
     size = BYTES[vq.codebook_dtype] * sum(k * d for _, k, d in books) + scales
     return Sizes(4 * (weights + biases) / MIB, codes / MIB, size / MIB, 4 * biases / MIB)

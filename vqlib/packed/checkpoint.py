@@ -101,23 +101,28 @@ def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> 
 
 
 def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
-    """Where the bytes of a packed model's file are: one row per packed layer, a last one for all that is not packed.
+    """Where the bytes of a packed model's file are: one row per linear of its blocks, a last one for all the rest.
 
     Columns: layer, shape ("out×in"), k, d, codes_bytes, codebook_bytes (with the scale, if any), bias_bytes,
-    other_bytes, bits_per_weight (codes and codebook). What several layers share is counted at the first. `attrs` holds
-    tensor_bytes, the file without its header, and bits_per_weight over all packed layers.
+    other_bytes, bits_per_weight (codes and codebook; of a layer left in full precision, its weights). What several layers share
+    is counted at the first. `attrs` holds tensor_bytes, the file without its header, and bits_per_weight over all these layers.
     """
     layers = packed_layers(model)
     stored, _ = container.encode(model.state_dict(), storage, "")
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
     rows = [_row(name, layer, sizes) for name, layer in layers.items()]
-    columns = ("codes_bytes", "codebook_bytes", "bias_bytes")
+    dense = dit.quantizable(model) if layers else {}
+    rows += [_dense_row(name, layer, sizes) for name, layer in dense.items()]
+    columns = ("codes_bytes", "codebook_bytes", "bias_bytes", "other_bytes")
     packed = sum(row[column] for row in rows for column in columns)
-    rest = dict.fromkeys(columns, 0) | {"layer": "(not packed)", "shape": ""}
-    rest["other_bytes"] = sum(sizes.values()) - packed
+    rest = dict.fromkeys(columns, 0) | {
+        "layer": "(not packed)",
+        "shape": "",
+        "other_bytes": sum(sizes.values()) - packed,
+    }
     table = pd.DataFrame([*rows, rest]).astype({"k": "Int64", "d": "Int64"})
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = 8 * sum(row["codes_bytes"] + row["codebook_bytes"] for row in rows)
+    weights = sum(layer.in_features * layer.out_features for layer in (*layers.values(), *dense.values()))
+    bits = 8 * sum(row["codes_bytes"] + row["codebook_bytes"] + row["other_bytes"] for row in rows)
     table.attrs = {"tensor_bytes": sum(sizes.values()), "bits_per_weight": bits / weights if weights else float("nan")}
     return table
 
@@ -135,6 +140,13 @@ def _row(name: str, layer: VQLinear, sizes: Mapping[str, int]) -> dict[str, Any]
         "other_bytes": 0,
         "bits_per_weight": 8 * (codes + codebook + scale) / (layer.in_features * layer.out_features),
     }
+
+
+def _dense_row(name: str, layer: nn.Linear, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Of a layer that is left in full precision."""
+    weight, bias = (sizes.get(f"{name}.{part}", 0) for part in ("weight", "bias"))
+    row = {"layer": name, "shape": f"{layer.out_features}×{layer.in_features}", "codes_bytes": 0, "codebook_bytes": 0}
+    return row | {"bias_bytes": bias, "other_bytes": weight, "bits_per_weight": 8 * weight / layer.weight.numel()}
 
 
 def _scope(layers: Mapping[str, VQLinear]) -> str:

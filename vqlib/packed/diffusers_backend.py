@@ -215,7 +215,8 @@ class VQQuantizer(DiffusersQuantizer):
 
     def _swap_for_kmeans(self, model: ModelMixin) -> None:
         config, skipped = self.quantization_config.config, []
-        for name, layer in dit.quantizable(model).items():
+        config.require_used(found := dit.quantizable(model))
+        for name, layer in ((name, layer) for name, layer in found.items() if config.takes(name)):
             own = config.for_layer(name)
             if reason := _unfit(layer, own):
                 skipped.append(f"{name} ({reason})")

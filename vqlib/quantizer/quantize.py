@@ -32,7 +32,7 @@ def quantize(
 ) -> nn.Module:
     """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
 
-    The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
+    Layers that `config.full_precision` names stay as they are. The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
     for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
     `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
     refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer
@@ -67,9 +67,12 @@ def quantize(
 def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Linear]:
     """The linears to quantize by name, checked before anything is computed.
 
-    Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit.
+    Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit, or a
+    pattern that fits no layer.
     """
-    layers = dit.quantizable(transformer)
+    found = dit.quantizable(transformer)
+    config.require_used(found)
+    layers = {name: layer for name, layer in found.items() if config.takes(name)}
     done = [name for name, module in transformer.named_modules() if hasattr(module, "codebook")]
     if done:
         raise ValueError(

@@ -8,7 +8,7 @@ from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models.geometry import Geometry
 from vqlib.studies.estimate import IN_FORWARD, IN_GRAPH
 
-IDLE = 512 << 20  # of a process that has imported vqlib and compiled its kernels
+IDLE = 640 << 20  # of a process that has imported vqlib and compiled its kernels
 
 
 def stage_bytes(

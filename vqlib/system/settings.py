@@ -97,4 +97,11 @@ def _layer_rules(name: str, value: Any) -> tuple[tuple[str, int, int], ...]:
     )
 
 
-AS = {"int": as_integer, "float": _real, "bool": _flag, "str": _word, "LayerRules": _layer_rules}
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """A tuple again, after JSON's list; one word alone would be taken for its letters."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}={value!r} is not a list of patterns")
+    return tuple(_word(name, pattern) for pattern in value)
+
+
+AS = {"int": as_integer, "float": _real, "bool": _flag, "str": _word, "LayerRules": _layer_rules, "Patterns": _patterns}
