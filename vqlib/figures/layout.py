@@ -38,9 +38,10 @@ def log_scale(axis: Axes, *sides: str) -> None:
 
 
 def plain_log_ticks(side) -> None:
-    """Plain figures on a log axis: 1, 2, 5 × 10ⁿ below two decades, where powers of ten would be too few."""
+    """Plain figures on a log axis: powers of ten; below two decades 1, 2, 5 × 10ⁿ, below a factor of 4 tenths of them, too."""
     low, high = side.get_view_interval()
-    side.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 4 * low else (1, 2, 5) if high < 100 * low else (1,)
+    side.set_major_locator(LogLocator(subs=subs))
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     side.set_minor_formatter(NullFormatter())
 

@@ -32,12 +32,13 @@ def quantize(
 ) -> nn.Module:
     """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
 
-    Layers that `config.full_precision` names stay as they are. The original is left as it is; tensors that are not quantized are copied. `cache`: a folder in which codebooks are looked
-    for and kept, under a hash of the weights, k, d, seed and iterations. `hessians`: [in, in] by layer name, as
-    `input_hessians` gives them; only assignment="error-feedback" reads them, and a codebook that is the layer's own is then
-    refitted to its assignments (ratios and order of the candidates are those before it). Raises ValueError naming the layer
-    whose width `config.d` does not divide, or whose Hessian is missing, of another size or not finite, and a model that has no
-    linear in its blocks or holds quantized layers already, before any work is done.
+    Layers that `config.full_precision` names stay as they are. The original is left as it is; tensors that are not quantized
+    are copied. `cache`: a folder in which codebooks are looked for and kept, under a hash of the weights, k, d, seed and
+    iterations. `hessians`: [in, in] by layer name, as `input_hessians` gives them; only assignment="error-feedback" reads
+    them, and a codebook that is the layer's own is then refitted to its assignments (ratios and order of the candidates are
+    those before it). Raises ValueError naming the layer whose width `config.d` does not divide, or whose Hessian is missing,
+    of another size or not finite, and a model that has no linear in its blocks or holds quantized layers already, before any
+    work is done.
     """
     transformer = dit.unwrapped(transformer)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians

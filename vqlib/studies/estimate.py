@@ -239,7 +239,9 @@ def _moments_memory(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
 def _packed(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
     """Bytes of the packed file: codes, codebooks, all else once in float16."""
     sizes = geometry.sizes(vq)
-    quantized = round((sizes.full - sizes.biases) * MIB) // 4  # of all linears, those that are not left in full precision
+    quantized = (
+        round((sizes.full - sizes.biases) * MIB) // 4
+    )  # of all linears, those that are not left in full precision
     return int((sizes.codes + sizes.codebooks) * MIB) + 2 * (geometry.parameters - quantized)
 
 
