@@ -52,7 +52,17 @@ def test_a_row_stands_for_whole_results(tmp_path, store, monkeypatch):
     put = []
     monkeypatch.setattr(Store, "_put", lambda self, path, name: put.append(name))
     assert store.attempt(one, BASE, False).state == "there"  # what was made is kept now, not made again
+    monkeypatch.undo()
     assert put == ["squares/2/root.txt", f"rows/{rows_of(one).path(*BASE.made_of()).name}"] and begun(one, 2) == 1
+
+
+def test_files_of_an_attempt_that_left_no_row_are_replaced(tmp_path, store):
+    one, remains = machine(tmp_path, "one"), tmp_path / "store/squares/2/root.txt"
+    remains.parent.mkdir(parents=True)
+    remains.write_text("7")  # of the same size
+    assert store.attempt(one, BASE, False).state == "made" and remains.read_text() == "2"
+    before = remains.stat().st_mtime_ns
+    assert store.attempt(one, BASE, False).state == "there" and remains.stat().st_mtime_ns == before
 
 
 def test_half_a_fetched_folder_is_not_taken_for_a_whole_one(tmp_path, store, monkeypatch):

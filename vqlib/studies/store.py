@@ -48,15 +48,16 @@ class Store:
         return rows.read(*task.made_of()) is not None
 
     def keep(self, folder: Path, task: Task) -> None:
-        """Put what the task made into the store, its row last; what is there is left."""
-        for name in (*task.leaves(), str(rows_of(folder).path(*task.made_of()).relative_to(folder))):
-            files = [
-                path
-                for path in (folder / name, *(folder / name).rglob("*"))
-                if path.is_file() and path.suffix != ".lock"
-            ]
+        """Put what the task made into the store, its row last; nothing where the row is there: then all is."""
+        row = rows_of(folder).path(*task.made_of()).relative_to(folder).as_posix()
+        system, root = fsspec.core.url_to_fs(self.url)
+        if system.exists(f"{root.rstrip('/')}/{row}"):
+            return
+        for name in (*task.leaves(), row):
+            files = [path for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
             for path in files:
-                self._put(path, path.relative_to(folder).as_posix())
+                if path.suffix != ".lock":
+                    self._put(path, path.relative_to(folder).as_posix())
 
     def _fetch_rows(self, folder: Path, task: Task) -> None:
         self.fetch_row(folder, task)
@@ -84,9 +85,8 @@ class Store:
     def _put(self, path: Path, name: str) -> None:
         system, root = fsspec.core.url_to_fs(self.url)
         remote = f"{root.rstrip('/')}/{name}"
-        if not system.exists(remote) or system.size(remote) != path.stat().st_size:
-            system.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
-            system.put_file(str(path), remote)
+        system.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+        system.put_file(str(path), remote)
 
 
 def _lost(folder: Path, task: Task, error: OSError) -> Outcome:
