@@ -12,7 +12,8 @@ from vqlib.studies.tasks import Needs
 
 @dataclass(frozen=True)
 class Toy:
-    """n², after the toys in `before`. `trouble`: "error"; "killed" or "full" the first time; "always killed"; "slow"."""
+    """n², after the toys in `before`. `trouble`: "error"; "killed" or "full" the first time; "always killed"; "slow";
+    "meets": waits for another process."""
 
     n: int
     trouble: str = ""
@@ -32,6 +33,12 @@ class Toy:
     def leaves(self):
         return (f"squares/{self.n}",)
 
+    def others(self, marks):
+        """Which processes have begun toys that are not among those before it, its own too."""
+        before = {str(toy.n) for toy in self.before}
+        names = [path.name.split("-") for path in marks.iterdir()]
+        return {process for n, process, _ in names if n not in before}
+
     def run(self, folder, unfinished):
         marks = Path(folder) / "marks"
         marks.mkdir(exist_ok=True)
@@ -45,6 +52,9 @@ class Toy:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "slow":
             time.sleep(0.3)
+        end = time.monotonic() + 60
+        while self.trouble == "meets" and time.monotonic() < end and len(self.others(marks)) < 2:
+            time.sleep(0.05)
         own = Path(folder) / self.leaves()[0]
         own.mkdir(parents=True, exist_ok=True)
         (own / "root.txt").write_text(str(self.n))

@@ -37,14 +37,13 @@ def squares(folder, tasks):
 
 def test_tasks_are_made_once_in_the_order_they_need_by_both_nodes(tmp_path, place):
     base = Toy(1, "slow")
-    tasks = [Toy(n, "slow", before=(base,)) for n in range(2, 10)]
+    tasks = [Toy(n, "meets", before=(base,)) for n in range(2, 10)]  # a node's first worker may take seconds to begin
     told = list(run(tmp_path, tasks, place))
     assert told[-1].failures == ()
     assert squares(tmp_path, [base, *tasks]) == [n * n for n in range(1, 10)]
     assert told[1].task == base and all(begun(tmp_path, n) == 1 for n in range(1, 10))
-    assert len({row["pid"] for row in rows(tmp_path, tasks)}) == 2 and os.getpid() not in {
-        row["pid"] for row in rows(tmp_path, tasks)
-    }
+    made_by = {row["pid"] for row in rows(tmp_path, tasks)}
+    assert len(made_by) >= 2 and os.getpid() not in made_by
     assert ray.is_initialized() and place.device == "cpu"
 
 
