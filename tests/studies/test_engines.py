@@ -129,10 +129,12 @@ def test_progress_says_what_runs_where(tmp_path, processes):
 
 def test_stopping_stops_the_processes(tmp_path, processes):
     watched = run(tmp_path, [Toy(n, "slow") for n in range(20)], processes)
-    next(watched), next(watched)
-    begun = [one.process for one in (*processes._busy.values(), *processes._idle)]  # both may have ended at one moment
+    busy = []
+    while not busy:  # both may have ended at one moment
+        next(watched)
+        busy = [one.process for one in processes._busy.values()]
     watched.close()
-    assert begun and not any(process.is_alive() for process in begun) and not under_way(tmp_path)
+    assert not any(process.is_alive() for process in busy) and not under_way(tmp_path)
 
 
 def test_results_that_do_not_arrive_in_the_folder_are_told(tmp_path):
