@@ -42,6 +42,7 @@ def distill(
 
 
 def _codes_sha256(packed: nn.Module) -> str:
-    """Of codes, codebooks, scales and biases: what tells one packed start from another of the same teacher."""
+    """Of codes, codebooks and scales, which a file keeps as they are (biases it may round): what tells one start from another."""
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
-    return digest((f"{name}.{key}", t) for name, layer in layers.items() for key, t in layer.state_dict().items())
+    parts = ((f"{name}.{key}", t) for name, layer in layers.items() for key, t in layer.state_dict().items())
+    return digest((name, t) for name, t in parts if not name.endswith(".bias"))
