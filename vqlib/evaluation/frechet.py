@@ -105,20 +105,39 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Interval of the distance at this count: features [N, D] resampled with replacement, the reference held fixed.
 
-    Resampling repeats images and so raises every replicate alike; the replicates are therefore centered on `distance`,
-    and the interval says how far it moves with other seeds, not how far it is from that of infinitely many images.
+    It says how far the distance moves with other seeds, not how far it is from that of infinitely many images.
     """
-    if resamples < 2 or not 0 < level < 1:
-        raise ValueError(f"bootstrap={resamples} resamples at level {level}: needs at least 2, and a level in (0, 1)")
+    low, high = interval(distance, replicates(features, mean, covariance, resamples, seed), level)
+    return max(0.0, low), high
+
+
+def replicates(features: Tensor, mean: Tensor, covariance: Tensor, resamples: int, seed: int = 0) -> Tensor:
+    """The distance of features [N, D] resampled with replacement, float64 [resamples].
+
+    The draws depend on `seed` and N alone, so those of two rows of the same images pair: their difference, one by one, is how
+    the rows' difference moves.
+    """
+    if resamples < 2:
+        raise ValueError(f"bootstrap={resamples} resamples: needs at least 2")
     x = features.cpu().double() - mean  # [N, D], widened to float64; shifted, so that the products below cancel little
     generator = torch.Generator().manual_seed(seed)
-    replicates = torch.empty(resamples, dtype=torch.float64)
+    found = torch.empty(resamples, dtype=torch.float64)
     for i in range(resamples):
         drawn = torch.randint(len(x), (len(x),), generator=generator)
         weight = torch.bincount(drawn, minlength=len(x)).double()  # [N], how often each image is drawn
         mu = weight @ x / len(x)  # [N] @ [N, D] -> [D]
         sigma = (x.T * weight) @ x - len(x) * torch.outer(mu, mu)  # [D, D]
-        replicates[i] = frechet_from_statistics(mu, sigma / (len(x) - 1), torch.zeros_like(mu), covariance)
+        found[i] = frechet_from_statistics(mu, sigma / (len(x) - 1), torch.zeros_like(mu), covariance)
+    return found
+
+
+def interval(value: float, found: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The `level` interval of a value by its replicates [resamples].
+
+    Resampling repeats images and so raises every distance alike: the replicates are centered on the value.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} is outside (0, 1)")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = (distance + torch.quantile(replicates, tails) - replicates.mean()).tolist()
-    return max(0.0, low), high
+    low, high = (value + torch.quantile(found, tails) - found.mean()).tolist()
+    return low, high

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vqlib.config import RATIO_STARTS, RECIPES, CalibrationConfig, VQConfig
+from vqlib.studies.experiments import VectorQuantized
 
 SCOPES = {"layer": "a codebook per layer", "model": "one codebook for all layers"}
 BEST = RECIPES["best"]
@@ -20,6 +21,10 @@ class Setting:
     name: str
     vq: VQConfig
     calibration: CalibrationConfig | None
+
+    def method(self, seed: int) -> VectorQuantized:
+        """Codes and calibration of that seed."""
+        return VectorQuantized(self.vq, self.calibration).seeded(seed)
 
 
 def standard_settings(vq: VQConfig | None = None, base: CalibrationConfig | None = None) -> list[Setting]:

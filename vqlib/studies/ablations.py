@@ -6,20 +6,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from vqlib.config import SamplingConfig
 from vqlib.models.pipeline import Pipeline
-from vqlib.studies.ablation_settings import Setting
 from vqlib.studies.engines import complete, run
-from vqlib.studies.experiments import VectorQuantized
+from vqlib.studies.experiments import Method
 from vqlib.studies.processes import Here
 from vqlib.studies.row_tasks import Evaluated, Made, Measuring
-from vqlib.studies.tasks import Lazily, rows_of
+from vqlib.studies.tasks import Lazily, key_of, rows_of
 from vqlib.system.memory import device_label
 
 COLUMNS = {"bits per weight": "bits_per_weight", "minutes of calibration": "calibration_minutes"}
+
+
+class Setting(Protocol):
+    """A method under a name, in a group of others."""
+
+    group: str
+    name: str
+
+    def method(self, seed: int) -> Method:
+        """The method with that seed in all that it draws."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,19 @@ class Ablation:
 
     def task(self, setting: Setting, seed: int) -> Evaluated:
         """A row, found by method, model and conditions."""
-        calibration = setting.calibration and setting.calibration.replace(seed=seed)
-        made = Made(self._how, VectorQuantized(setting.vq, calibration, seed))
+        made = Made(self._how, setting.method(seed))
         label = f"{setting.group}: {setting.name}, seed {seed}"
         return Evaluated(made, self.images, self.sampling, label=label)
 
     def finished(self, setting: Setting, seed: int) -> dict | None:
         """The row if it has been made."""
         return rows_of(self.folder).read(*self.task(setting, seed).made_of())
+
+    def features(self, setting: Setting, seed: int) -> Tensor:
+        """Of a finished row's images in their order, [images, D]: two rows' images have the same seeds, so they pair."""
+        shards = self.task(setting, seed).after()
+        unfinished = self.folder / "unfinished"
+        return torch.cat([shard.features(self.folder, unfinished / key_of(shard)).features for shard in shards])
 
     def table(self, settings: Iterable[Setting], seeds: Iterable[int]) -> pd.DataFrame:
         """The finished rows: columns group, setting, seed, fd, accuracy, and the conditions that the rows do not share."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import fitting_layers, quantize
-from vqlib.studies.baselines.baseline import Baseline, Moments, packed
+from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, Moments, packed
 from vqlib.studies.rows import Rows
 from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
@@ -70,6 +70,13 @@ class VectorQuantized:
             object.__setattr__(self, "vq", self.vq.replace(candidates=1))
         if self.vq.assignment == "error-feedback" and self.moments is None:
             object.__setattr__(self, "moments", Moments(self.calibration or CalibrationConfig(seed=self.seed)))
+
+    def seeded(self, seed: int) -> VectorQuantized:
+        """The same with another seed of codebooks, calibration and, on trajectories of its own, distillation."""
+        calibration = self.calibration and self.calibration.replace(seed=seed)
+        last = self.distillation and self.distillation.replace(seed=seed + OTHER_TRAJECTORIES)
+        moments = None if self.moments is None else replace(self.moments, inputs=self.moments.inputs.replace(seed=seed))
+        return VectorQuantized(self.vq, calibration, seed, moments, last)
 
     def build(self, pipe: Pipeline, folder: Path) -> Baseline:
         model = packed_model(

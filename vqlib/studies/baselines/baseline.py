@@ -17,6 +17,8 @@ from vqlib.models.pipeline import Pipeline
 from vqlib.packed import container
 from vqlib.packed.checkpoint import size_report
 
+OTHER_TRAJECTORIES = 1000  # from a calibration's seed to that of the last stage
+
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
@@ -47,7 +49,7 @@ class FullPrecision:
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
         weights = [layer.weight for layer in dit.quantizable(pipe.transformer).values()]
         bits = 16 if all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights) else 32
-        return Baseline(pipe.transformer, float(bits), _bytes(pipe.transformer, f"float{bits}"))
+        return Baseline(pipe.transformer, float(bits), stored_bytes(pipe.transformer, f"float{bits}"))
 
 
 def packed(model: nn.Module, seconds: float = 0.0) -> Baseline:
@@ -74,11 +76,11 @@ def uniform(
     count = sum(layer.weight.numel() for layer in layers.values())
     groups = sum(layer.weight.numel() // (group_size or layer.in_features) for layer in layers.values())
     stored = bits * count + (16 + bits) * groups
-    rest = _bytes(model, "float16", without={f"{name}.weight" for name in layers})
+    rest = stored_bytes(model, "float16", without={f"{name}.weight" for name in layers})
     return Baseline(model, stored / count, rest + stored // 8)
 
 
-def _bytes(model: nn.Module, storage: str, without: set[str] = frozenset()) -> int:
+def stored_bytes(model: nn.Module, storage: str, without: set[str] = frozenset()) -> int:
     """Bytes of the tensors a checkpoint holds, as `container` stores them."""
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
     return sum(tensor.numel() * tensor.element_size() for tensor in container.encode(state, storage, "")[0].values())
