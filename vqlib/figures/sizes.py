@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import legended, log_scale, note, panel
-from vqlib.figures.styles import method_color, method_marker
+from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker
 
 SIZE_PARTS = {  # column of a size table -> color; parts of one file, so none of the methods' colors
     "weights": "#BBBBBB",
@@ -55,16 +55,21 @@ def pareto(
     size: str = "size_mib",
     quality: str = "fd",
     labels: Mapping[str, str] | None = None,
+    full_precision: float | None = None,
 ) -> Figure:
     """Size against distance: columns method, size, quality; optional bits (printed) and low, high (an interval).
 
-    Points of one method are joined; dashed steps: the best distance to be had at a size; dotted: full precision.
+    Points of one method are joined; dashed steps: the best distance to be had at a size; dotted: full precision, a row or,
+    where its size would be far off, the distance `full_precision` alone.
     """
     names = {"size_mib": "size (MiB)", "fd": "FD", **(labels or {})}
     figure, axis = panel(0.62, 0.25)
     table = results.dropna(subset=[size, quality])
     for method, points in table.groupby("method", sort=False):
         _pareto_method(axis, str(method), points.sort_values(size), size, quality)
+    if full_precision is not None:
+        color = method_color(FULL_PRECISION)
+        axis.axhline(full_precision, color=color, linewidth=0.7, linestyle=":", label=FULL_PRECISION, zorder=1)
     front = table.sort_values(size)
     dashed = {"color": "#777777", "linewidth": 0.7, "linestyle": (0, (4, 3)), "zorder": 1}
     axis.step(front[size], front[quality].cummin(), where="post", **dashed)

@@ -60,7 +60,7 @@ class Choice:
         return f"{self.codes} ({self.last})" if self.last else self.codes
 
     def method(self, seed: int) -> Method:
-        """Full precision has no seed."""
+        """The row's method; full precision, which has no last stage, has no seed either."""
         return self.how if isinstance(self.how, FullPrecision) else self.how.seeded(seed)
 
 
@@ -99,8 +99,8 @@ def choices(**sizes: int) -> list[Choice]:
 
 def table(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int]) -> pd.DataFrame:
     """The finished rows, one a seed: group, codes, last stage, seed, stored bits, FD, accuracy, minutes of training."""
-    rows = list(rows)
-    found = study.table(rows, seeds)
+    rows, seeds = list(rows), list(seeds)
+    found = pd.concat([study.table([row], seeds if row.last else seeds[:1]) for row in rows], ignore_index=True)
     about = {(row.group, row.name): row for row in rows}
     keys = list(zip(found["group"], found["setting"], strict=True))
     found.insert(1, "codes", [about[key].codes for key in keys])

@@ -1,0 +1,168 @@
+"""Rival codes are what they say, are trained on the output, and store what is counted; rows of the same images pair."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from vqlib.config import CalibrationConfig, SamplingConfig, recipe_distillation
+from vqlib.evaluation.frechet import bootstrap_interval, frechet_from_statistics, interval, replicates
+from vqlib.models import dit
+from vqlib.quantizer.codebook import fit_codebook
+from vqlib.studies.ablations import Ablation
+from vqlib.studies.baselines.additive import Additive, learn, least_squares, search, total
+from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Moments
+from vqlib.studies.baselines.lattice import Lattice, e8p, gaussian_scale, rotation
+from vqlib.studies.baselines.low_rank import LowRank, low_rank
+from vqlib.studies.baselines.made import Trained
+from vqlib.studies.few_bits import MOVING, NONE, Choice, Compared, choices, table
+
+SIZES = {"batch_size": 4, "steps": 4, "iterations": 3}
+INPUTS = CalibrationConfig(**SIZES)
+MOMENTS = Moments(INPUTS, batches=3)
+OUTPUT = recipe_distillation("best", batch_size=8, steps=4, iterations=60, lr_latents=0.0)
+UNTRAINED, TRAINED = Trained(MOMENTS), Trained(MOMENTS, OUTPUT)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+def output_error(pipe, model):
+    """Squared difference of the outputs on one batch."""
+    x = torch.randn(8, *pipe.latent_shape, generator=torch.Generator().manual_seed(5))
+    how = x, torch.full((8,), 500), torch.arange(8), 1.0
+    with torch.no_grad():
+        return float((pipe.output(*how) - pipe.output(*how, model=model)).square().mean())
+
+
+@pytest.mark.parametrize("method", [Additive(UNTRAINED, k=16), LowRank(UNTRAINED, rank=2)])
+def test_a_rival_is_nearer_to_the_weights_the_more_it_stores_and_nearer_to_the_output_once_trained(pipe, method):
+    plain, trained = method.build(pipe), replace(method, how=TRAINED).build(pipe)
+    assert plain.bits_per_weight == trained.bits_per_weight and plain.seconds == 0.0 < trained.seconds
+    changed = [
+        n
+        for n, layer in dit.quantizable(trained.model).items()
+        if not torch.equal(layer.weight, plain.model.get_submodule(n).weight)
+    ]
+    assert len(changed) == len(dit.quantizable(pipe.transformer))
+    assert output_error(pipe, trained.model) < output_error(pipe, plain.model)
+    for name, layer in dit.quantizable(pipe.transformer).items():
+        left = (layer.weight - plain.model.get_submodule(name).weight).square().sum() / layer.weight.square().sum()
+        assert left < 0.6, name
+
+
+def test_bits_of_rivals_are_what_their_parts_take(pipe):
+    layers = dit.quantizable(pipe.transformer).values()
+    count, rows = sum(layer.weight.numel() for layer in layers), sum(layer.out_features for layer in layers)
+    inputs = sum(layer.in_features for layer in layers)
+    additive = Additive(UNTRAINED, k=16, d=8, books=2).build(pipe)
+    assert additive.bits_per_weight * count == pytest.approx(2 * 4 * count / 8 + 16 * rows + 16 * 2 * 16 * 8)
+    grid = LowRank(UNTRAINED, bits=2, rank=3).build(pipe)
+    assert grid.bits_per_weight * count == pytest.approx(2 * count + 18 * rows + 16 * 3 * (rows + inputs))
+    assert grid.size_bytes > grid.bits_per_weight * count / 8
+
+
+def test_the_points_of_e8p_are_half_odd_of_even_sum_a_quarter_aside_and_better_than_any_small_codebook():
+    points = e8p()
+    assert points.shape == points.unique(dim=0).shape == (65536, 8)
+    plus, minus = points[:32768] - 0.25, points[32768:] + 0.25
+    assert torch.equal(plus, minus) and (plus * 2).remainder(2).eq(1).all() and plus.sum(dim=1).remainder(2).eq(0).all()
+    assert plus.square().sum(dim=1).max() == 12 and (plus.square().sum(dim=1) <= 10).sum() == 227 * 128
+    x = torch.randn(1024, 8, generator=torch.Generator().manual_seed(1))
+    own = gaussian_scale(points) * points
+    left = torch.cdist(x, own).min(dim=1).values.square().mean() / 8
+    book = fit_codebook(torch.randn(1 << 14, 4, generator=torch.Generator().manual_seed(2)), 256).codewords
+    fours = torch.cdist(x.view(-1, 4), book).min(dim=1).values.square().mean() / 4
+    assert 2.0**-4 < left < fours
+
+
+def test_lattice_codes_undo_their_rotations_and_train_their_gains(pipe, tmp_path):
+    turn = rotation(12, torch.Generator().manual_seed(0))
+    assert torch.allclose(turn @ turn.T, torch.eye(12, dtype=torch.float64))
+    few = tiny.pipeline(blocks=1)
+    made = Lattice(TRAINED).build(few, tmp_path)
+    layers = dit.quantizable(few.transformer)
+    for name, layer in layers.items():
+        left = (layer.weight - made.model.get_submodule(name).weight).square().sum() / layer.weight.square().sum()
+        assert left < 0.3, name
+    count = sum(layer.weight.numel() for layer in layers.values())
+    gains = sum(32 + 16 * (layer.in_features + layer.out_features) for layer in layers.values())
+    assert made.bits_per_weight * count == pytest.approx(2 * count + gains)
+    again = Lattice(TRAINED).build(few, tmp_path)  # from the folder
+    assert again.seconds == made.seconds
+    assert all(torch.equal(t, made.model.state_dict()[n]) for n, t in again.model.state_dict().items())
+
+
+def test_additive_codes_find_their_sums_and_least_squares_never_adds_error():
+    generator = torch.Generator().manual_seed(0)
+    books = [torch.randn(8, 4, generator=generator), 0.1 * torch.randn(8, 4, generator=generator)]
+    codes = torch.randint(8, (2, 300), generator=generator)
+    assert torch.equal(search(total(books, codes), books), codes)
+    x = torch.randn(2000, 4, generator=generator)
+    start = learn(x, 8, 1)
+    before = (x - total(start, search(x, start))).square().mean()
+    learned = learn(x, 8, 2)
+    found = search(x, learned)
+    error = (x - total(learned, found)).square().mean()
+    assert error < 0.6 * before
+    assert (x - total(least_squares(x, found, 8), found)).square().mean() <= error * 1.0001
+
+
+def test_the_low_rank_part_is_the_best_in_the_metric_of_the_inputs():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(12, 8, generator=generator), torch.randn(100, 8, generator=generator)
+    hessian = x.T @ x / 100 * torch.linspace(0.1, 4, 8)[:, None] * torch.linspace(0.1, 4, 8)
+    left, right = low_rank(weight, hessian, 3)
+    u, s, v = torch.linalg.svd(weight)
+    plain = u[:, :3] @ s[:3].diag() @ v[:3]
+
+    def error(kept):
+        return float(torch.trace((weight - kept) @ hessian @ (weight - kept).T))
+
+    assert error(left @ right) < error(plain)
+    with pytest.raises(ValueError, match=r"rank=99 is outside 1 … 32 \(transformer_blocks.0"):
+        LowRank(UNTRAINED, rank=99).build(tiny.pipeline())
+
+
+def test_a_width_that_codes_do_not_divide_is_refused_by_name(pipe):
+    with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0"):
+        Additive(UNTRAINED, d=5).build(pipe)
+
+
+def test_replicates_of_two_rows_pair(tmp_path):
+    """What moves both rows alike falls out of their difference: its interval is far narrower than either's own."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator)
+    mean, covariance = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    other = x + 0.02 * torch.randn(400, 6, generator=generator) + 0.1
+    a, b = (replicates(rows, mean, covariance, 60) for rows in (x, other))
+    (low, high), (own_low, own_high) = interval(0.0, b - a), interval(0.0, b)
+    assert high - low < 0.7 * (own_high - own_low)
+    assert torch.equal(a, replicates(x, mean, covariance, 60)) and not torch.equal(
+        a, replicates(x, mean, covariance, 60, seed=1)
+    )
+    fd = frechet_from_statistics(x.double().mean(0), x.double().T.cov(), mean, covariance)
+    assert bootstrap_interval(x, mean, covariance, fd, 60) == pytest.approx(tuple(max(0.0, e) for e in interval(fd, a)))
+    with pytest.raises(ValueError, match="level 1.5 is outside"):
+        interval(0.0, a, 1.5)
+
+
+def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp_path):
+    known = choices(**SIZES)
+    assert len({(row.group, row.name) for row in known}) == len(known)
+    one = next(row for row in known if row.codes == "k 64, d 4" and row.last == MOVING)
+    assert one.method(3).calibration.seed == 3 and one.method(3).distillation.seed == 3 + OTHER_TRAJECTORIES
+    assert one.method(3).moments.inputs.seed == one.method(3).seed == 3
+    study = Ablation(tiny.pipeline(), tmp_path, 140, SamplingConfig(steps=1))
+    rows = [known[0], Choice("low rank", "2 bits", NONE, LowRank(UNTRAINED))]
+    made = [study.row(row, 0) for row in rows]
+    compared = Compared.of(study, {row.group: row for row in rows}, {row.group: [0] for row in rows}, resamples=10)
+    difference, low, high = compared.more("low rank", "full precision")
+    assert difference == pytest.approx(made[1]["metrics"]["fd"] - made[0]["metrics"]["fd"]) and low < difference < high
+    found = table(study, rows, [0, 1])
+    assert found["codes"].tolist() == ["float16", "2 bits"] and found["seed"].tolist() == [0, 0]
+    assert math.isclose(found["FD"][0], made[0]["metrics"]["fd"])
