@@ -41,7 +41,7 @@ def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, t
     for made, asked in ((tmp_path, []), (folder, ["--distill", "2"]), (tmp_path, ["--distill", "3"])):
         with pytest.raises(SystemExit, match="was made with distillation="):
             run("calibrate", made, *asked)
-    with pytest.raises(SystemExit, match="--distill 2: a number from 0, of calibrate, sample and evaluate"):
+    with pytest.raises(SystemExit, match="--distill 2: a number from 0, of estimate, calibrate, sample, evaluate"):
         run("table", tmp_path, "--distill", "2")
 
 

@@ -27,7 +27,7 @@ import pandas as pd
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
-from vqlib.config import RECIPES, recipe_distillation
+from vqlib.config import RECIPES
 from vqlib.evaluation.frechet import check_counts
 from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown, save_table
@@ -44,6 +44,7 @@ TABLE_SETTINGS = (
     *("images", "reference", "vq.bits", "calibration.iterations"),
     *("sampling.steps", "sampling.guidance_scale", "sampling.batch_size"),
 )
+DISTILLING = ("estimate", "calibrate", "sample", "evaluate")
 REPORT_EVERY = 10.0  # seconds between two looks at a calibration's records
 
 
@@ -61,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check(job: Preset, options: argparse.Namespace) -> None:
     """Refuse now what would be refused after an hour of work: the device, the folder written to, the reference, the count."""
     unused = [text.partition("=")[0] for text in options.set if text.partition("=")[0] not in TABLE_SETTINGS]
-    if options.distill < 0 or (options.distill and options.command not in ("calibrate", "sample", "evaluate")):
-        raise ValueError(f"--distill {options.distill}: a number from 0, of calibrate, sample and evaluate")
+    if options.distill < 0 or (options.distill and options.command not in DISTILLING):
+        raise ValueError(f"--distill {options.distill}: a number from 0, of {', '.join(DISTILLING)}")
     if options.command == "table" and unused:
         raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     options.device, options.out = models.device_of(options.device), options.out.expanduser()
@@ -185,7 +186,7 @@ def _job(options: argparse.Namespace) -> Preset:
         chosen = RECIPES[options.recipe]
         run = chosen.calibration.replace(checkpoint_every=job.calibration.checkpoint_every)
         job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=run)
-    return job.with_settings(settings)
+    return job.distilled(max(0, options.distill)).with_settings(settings)
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -206,9 +207,8 @@ def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
 
 def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
     """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
-    last = recipe_distillation("best", iterations=options.distill) if options.distill else None
     with _watching(options.out / "calibration", job.calibration.iterations):
-        return packed_model(pipe, job.vq, job.calibration, options.out, options.seed, distillation=last)
+        return packed_model(pipe, job.vq, job.calibration, options.out, options.seed, distillation=job.distillation)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from vqlib.models.geometry import Geometry
 from vqlib.packed.checkpoint import save
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.estimate import _moves, estimate
+from vqlib.studies.job_memory import graph_bytes, moments_bytes
 from vqlib.studies.presets import preset
 
 module = importlib.import_module("vqlib.studies.estimate")  # vqlib.studies.estimate is the function
@@ -47,7 +48,8 @@ def test_the_disk_is_that_of_a_real_run(estimated, tmp_path):
 class Probe:
     """A probe of known seconds in place of a measured one."""
 
-    seconds, checkpoint, teacher, state, optimizer, rows = 2.0, 0.5, 0.25, 1000, 100, 4
+    seconds, checkpoint, teacher, state, optimizer, rows, layers = 2.0, 0.5, 0.25, 1000, 100, 4, 500
+    whole = module._Probe.whole
 
     def __init__(self, *_):
         pass
@@ -74,6 +76,25 @@ def test_seconds_are_those_of_the_probe_times_the_work(monkeypatch):
     assert quarter.seconds["codebooks"] == 3.0
 
 
+def test_a_last_stage_has_a_line_of_its_own(monkeypatch):
+    """Its graph reaches through all blocks; checkpointed, it holds one block's and the inputs of the others."""
+    job = JOB.distilled(6)
+    assert (job.distillation.batch_size, job.distillation.steps, job.distilled(0).distillation) == (2, 4, None)
+    found = estimate(tiny.pipeline(), job)
+    assert list(found.seconds) == ["codebooks", "calibration", "last stage", "sampling"]
+    assert found.seconds["last stage"] > 0 and found.memory["last stage"] > 0
+    assert found.disk["last stage"] > found.disk["sampling"]
+    shape, sparing = Geometry(depth=28), job.distillation.replace(activation_checkpointing=True)
+    row = 4 * shape.tokens * shape.hidden
+    whole, less = (graph_bytes(shape, how, 4, 0) for how in (job.distillation, sparing))
+    assert whole == 28 * 34 * 4 * row + 12 * shape.weights
+    assert less == 34 * 4 * row + 12 * shape.weights / 28 + 28 * 4 * row
+    spared = JOB.distilled(6).with_settings({"distillation.activation_checkpointing": True})
+    assert spared.distillation.activation_checkpointing
+    with pytest.raises(ValueError, match="'distillation.path' is not vq.…, calibration.…, sampling.…, model"):
+        JOB.with_settings({"distillation.path": "teacher"})
+
+
 def test_the_disk_of_sampling_is_that_of_the_images(estimated):
     assert estimated.disk["sampling"] == 4 * 1 * 32 * 32
 
@@ -96,11 +117,9 @@ def test_error_feedback_is_counted_with_its_second_moments(monkeypatch):
         monkeypatch.setattr(module, "BATCHES", batches)
         seconds.append(estimate(tiny.pipeline(), fed).seconds["codebooks"])
     assert seconds[1] > 50 * seconds[0]
-    whole = module._moments_memory(
-        Geometry(), fed.vq
-    )  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
+    whole = moments_bytes(Geometry(), fed.vq)  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
     assert 4 * 28 * (6 * 1152**2 + 4608**2) < whole < 6 * 2**30
-    assert module._moments_memory(Geometry(), JOB.vq) == 0
+    assert moments_bytes(Geometry(), JOB.vq) == 0
 
 
 def test_a_preset_may_be_named():

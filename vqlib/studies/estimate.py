@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
-from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration
+from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import BATCHES, input_hessians
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
@@ -33,14 +33,14 @@ from vqlib.models.sampling import DECODED_AT_ONCE
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear
+from vqlib.studies.job_memory import codebook_bytes, graph_bytes, packed_bytes, sampling_bytes, unquantized_bytes
 from vqlib.studies.presets import Preset, preset
 
 GIB = 2**30
 PROBE_WEIGHTS = 30e6  # of the blocks tried; one block of DiT-XL/2 has 24 million
 PROBE_ITERATIONS = 4  # of calibration; the first warms up
 PROBE_FLOPS = {"cpu": 3e11, "cuda": 3e13}  # of one timed forward pass
-# Tensors [rows, tokens, hidden] at once, one of the MLP counted as four: in a block's graph, in a forward pass.
-IN_GRAPH, IN_FORWARD = 34, 12
+SETTINGS = {"calibration": "calibration", "last stage": "distillation"}  # stage -> field of a preset
 
 
 @dataclass(frozen=True)
@@ -92,36 +92,60 @@ def estimate(
     probe = _first_blocks(pipe, geometry, device)
     hessians, moments = _moments(probe, job, device)
     fit, student = _timed(lambda: quantize(probe.transformer, job.vq, hessians=hessians), device)
-    run = _Probe(probe, student, job.calibration)
-    calibration = run.seconds * job.calibration.iterations + run.checkpoint * _checkpoints(job.calibration)
-    calibration += _moves(job.calibration) * run.teacher
+    runs = {"calibration": _Probe(partial(Calibration, probe, student), job.calibration)}
+    packed = harden(student)
+    if job.distillation:
+        runs["last stage"] = _Probe(partial(distill, probe, packed), job.distillation)
     share = sum(layer.weight.numel() for layer in dit.quantizable(probe.transformer).values()) / geometry.weights
     flops = share * geometry.flops()
-    sampling = _sampling(probe.with_transformer(harden(student)), job, device, flops) if job.images else 0.0
-    seconds = {"codebooks": (fit + moments) / share, "calibration": calibration / share, "sampling": sampling / share}
-    seconds["sampling"] += _decoding(pipe, job, device) if pipe and job.images else 0.0
-    checkpoints = int(2 * run.state / share)  # the old one and the new one
-    disk = {"codebooks": 0, "calibration": checkpoints + _packed(geometry, job.vq)}
+    sampling = _sampling(probe.with_transformer(packed), job, device, flops) if job.images else 0.0
+    seconds = {"codebooks": (fit + moments) / share}
+    seconds |= {stage: run.whole(getattr(job, SETTINGS[stage])) / share for stage, run in runs.items()}
+    seconds["sampling"] = sampling / share + (_decoding(pipe, job, device) if pipe and job.images else 0.0)
+    # Of every run the old and the new checkpoint, and at the end the packed file.
+    disk = {"codebooks": 0} | {stage: int(2 * run.state / share) for stage, run in runs.items()}
+    disk[list(runs)[-1]] += packed_bytes(geometry, job.vq)
     disk["sampling"] = job.images * _image_bytes(pipe, geometry) if job.images else 0
-    return Estimate(job.name, _name(device), seconds, _memory(geometry, job, held, student, run, share), disk)
+    soft = [layer for layer in student.modules() if isinstance(layer, CandidateLinear)]
+    memory = {"codebooks": codebook_bytes(geometry, job.vq, runs["calibration"].layers / share, soft)}
+    for stage, run in runs.items():
+        snapshot = run.state if device.type == "cpu" else 0  # a checkpoint is written from a copy in the CPU's memory
+        memory[stage] = (run.layers + run.optimizer + snapshot) / share
+        memory[stage] += graph_bytes(geometry, getattr(job, SETTINGS[stage]), run.rows, run.layers / share)
+    memory["sampling"] = sampling_bytes(geometry, job.vq, job.sampling.batch_size)
+    held += unquantized_bytes(geometry)
+    return Estimate(job.name, _name(device), seconds, {stage: int(held + own) for stage, own in memory.items()}, disk)
 
 
 class _Probe:
-    """A few iterations of the first blocks: seconds of one, of a checkpoint, a teacher forward; bytes of what a run holds."""
+    """A few iterations of the first blocks: seconds of one, of a checkpoint, a teacher forward; bytes of what a run holds.
 
-    def __init__(self, probe: Pipeline, student: nn.Module, config: CalibrationConfig) -> None:
-        short = config.replace(iterations=PROBE_ITERATIONS, inputs="noise", checkpoint_every=0)
-        device = probe.device
+    `begin(config, folder)` gives the run.
+    """
+
+    def __init__(self, begin: Callable[[CalibrationConfig, str], Calibration], config: CalibrationConfig) -> None:
+        short = config.replace(iterations=PROBE_ITERATIONS, checkpoint_every=0)
+        # No trajectory is spread out first: noise in place of it or, where the student has a path, all images at one timestep.
+        own_path = config.path == "student"
+        short = short.replace(timestep_order="sequential") if own_path else short.replace(inputs="noise")
         with tempfile.TemporaryDirectory() as folder:
-            run = Calibration(probe, student, short, folder)
+            run = begin(short, folder)
+            probe = run.pipe
+            device = probe.device
             records = [next(run) for _ in range(PROBE_ITERATIONS - 1)]
             whole, last = _timed(lambda: (next(run), run.close())[0], device)
             self.seconds = sorted(record.seconds for record in [*records[1:], last])[(PROBE_ITERATIONS - 1) // 2]
             self.checkpoint = max(0.0, whole - last.seconds)
             self.state = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        self.layers = sum(t.numel() * t.element_size() for m in run.layers.values() for t in m.state_dict().values())
         self.optimizer = sum(t.numel() * t.element_size() for one in run.optimizers() for t in one.state().values())
         inputs = Trajectory(probe, short).inputs()
         self.rows, self.teacher = len(inputs.x), _fastest(partial(probe.output, *inputs), device, 2)
+
+    def whole(self, config: CalibrationConfig) -> float:
+        """Seconds of all steps, checkpoints, and moves before the first step."""
+        steps = self.seconds * config.iterations + self.checkpoint * _checkpoints(config)
+        return steps + _moves(config) * self.teacher
 
 
 def _moments(probe: Pipeline, job: Preset, device: torch.device) -> tuple[dict[str, torch.Tensor] | None, float]:
@@ -141,7 +165,7 @@ def _compile(vq: VQConfig, device: torch.device) -> None:
     single = CalibrationConfig(batch_size=1)
     hessians = input_hessians(probe, single, 1) if vq.assignment == "error-feedback" else None
     student = quantize(probe.transformer, vq, hessians=hessians)
-    _Probe(probe, student, single)
+    _Probe(partial(Calibration, probe, student), single)
     probe.output(*_inputs(probe, 2), model=harden(student))
 
 
@@ -203,46 +227,6 @@ def _decoding(pipe: Pipeline, job: Preset, device: torch.device) -> float:
     """Seconds to decode all images, from one decoding of as many as are decoded at once."""
     latents = torch.zeros(DECODED_AT_ONCE, *pipe.latent_shape, device=device)
     return _fastest(partial(pipe.decode, latents), device, 2) * job.images / DECODED_AT_ONCE
-
-
-def _memory(
-    geometry: Geometry | Blueprint, job: Preset, held: int, student: nn.Module, run: _Probe, share: float
-) -> dict[str, int]:
-    """Bytes at the peak of each stage, from what the blocks of the probe hold."""
-    soft = [layer for layer in student.modules() if isinstance(layer, CandidateLinear)]
-    layers = sum(t.numel() * t.element_size() for layer in soft for t in layer.state_dict().values()) / share
-    largest = max(len(layer.candidates) for layer in soft)
-    depth, config = geometry.depth, job.calibration
-    rest = 4 * (geometry.parameters_in_memory - geometry.weights - geometry.biases)
-    row = 4 * geometry.tokens * geometry.hidden
-    graphs = depth if config.block_inputs == "end-to-end" else 1
-    graph = graphs * (IN_GRAPH * run.rows * row + (layers + 3 * 4 * geometry.weights) / depth)
-    on_cpu = soft[0].candidates.device.type == "cpu"
-    snapshot = run.state / share if on_cpu else 0  # a checkpoint is written from a copy in the CPU's memory
-    search = largest * 8 * (job.vq.candidates + 4) + _moments_memory(geometry, job.vq)
-    parts = {
-        "codebooks": layers + search,
-        "calibration": layers + run.optimizer / share + graph + snapshot,
-        "sampling": _packed(geometry, job.vq) + 2 * IN_FORWARD * job.sampling.batch_size * row,
-    }
-    return {stage: int(held + rest + own) for stage, own in parts.items()}
-
-
-def _moments_memory(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
-    """Bytes of all second moments in float32 and of error feedback's work on the widest layer in float64."""
-    if vq.assignment == "nearest":
-        return 0
-    moments = sum(into**2 for _, into in geometry.shapes)
-    return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in geometry.shapes)
-
-
-def _packed(geometry: Geometry | Blueprint, vq: VQConfig) -> int:
-    """Bytes of the packed file: codes, codebooks, all else once in float16."""
-    sizes = geometry.sizes(vq)
-    quantized = (
-        round((sizes.full - sizes.biases) * MIB) // 4
-    )  # of all linears, those that are not left in full precision
-    return int((sizes.codes + sizes.codebooks) * MIB) + 2 * (geometry.parameters - quantized)
 
 
 def _checkpoints(config: CalibrationConfig) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe_distillation
 from vqlib.models.blueprint import FLUX_DEV, PIXART_SIGMA_XL, SD35_MEDIUM, Blueprint
 from vqlib.models.geometry import Geometry, Sizes
 from vqlib.models.pipeline import BUNDLED, DATA
@@ -35,10 +35,18 @@ class Preset:
     images: int  # of one table row
     reference: str | None  # of evaluation; None: the user's own file, for ImageNet ADM's .npz
     family: str = "dit"  # of an original `.pt` file
+    distillation: CalibrationConfig | None = None  # of a last stage on the model's output
 
     def __post_init__(self) -> None:
         if as_integer("images", self.images) < 0:
             raise ValueError(f"images={self.images} must be 0 or more")
+
+    def distilled(self, iterations: int) -> Preset:
+        """With recipe `best`'s last stage of so many iterations, at the batch, steps and guidance of calibration; 0: without."""
+        run = self.calibration
+        sizes = {name: getattr(run, name) for name in ("batch_size", "steps", "guidance_scale", "checkpoint_every")}
+        last = recipe_distillation("best", iterations=iterations, **sizes) if iterations else None
+        return replace(self, distillation=last)
 
     @property
     def sizes(self) -> Sizes:
@@ -67,11 +75,13 @@ class Preset:
     def with_settings(self, settings: Mapping[str, Any]) -> Preset:
         """With changes such as {"vq.candidates": 2, "images": 500}; ValueError for settings that do not exist."""
         changes: dict[str, Any] = {"vq": {}, "calibration": {}, "sampling": {}}
+        changes |= {"distillation": {}} if self.distillation else {}
         own: dict[str, Any] = {}
         for key, value in settings.items():
             part, _, name = key.rpartition(".")
             if part not in changes and key not in ("model", "images", "reference"):
-                raise ValueError(f"{key!r} is not vq.…, calibration.…, sampling.…, model, images or reference")
+                known = "".join(f"{part}.…, " for part in changes)
+                raise ValueError(f"{key!r} is not {known}model, images or reference")
             (changes[part] if part else own)[name] = value
         for part, values in changes.items():
             settled = getattr(self, part).to_dict()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models.geometry import Geometry
-from vqlib.studies.estimate import IN_FORWARD, IN_GRAPH
+from vqlib.studies.job_memory import IN_FORWARD, IN_GRAPH
 
 IDLE = 640 << 20  # of a process that has imported vqlib and compiled its kernels
 
