@@ -78,6 +78,7 @@ def choices(**sizes: int) -> list[Choice]:
         how = Trained(Moments(settings), last[stage])
         return [
             Choice("additive, AQLM-like", "2 × k 256, d 8", stage, Additive(how)),
+            Choice("one codebook, a scale a row", "k 256, d 4", stage, Additive(how, d=4, books=1)),
             Choice("lattice, QuIP#-like", "E8P, rotated", stage, Lattice(how)),
             Choice("low rank, SVDQuant-like", "2 bits a row, rank 3", stage, LowRank(how, rank=3)),
             Choice("additive, AQLM-like", "2 × k 64, d 8", stage, Additive(how, k=64)),
