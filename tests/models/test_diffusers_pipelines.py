@@ -1,7 +1,9 @@
 """A packed transformer inside of diffusers' own pipelines gives, from the same noise, what the sampler here gives."""
 
 import families
+import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -74,3 +76,18 @@ def test_flux():
     given, _ = rows(pipe.denoiser.prompts)
     found = theirs(latents=pack(noise(pipe)), height=32, width=32, **given, **WIDE).images
     torch.testing.assert_close(found, pack(latents(pipe)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3", "FLUX"])
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_packed_transformer_can_be_offloaded_layer_by_layer(name, scope):
+    """As `enable_sequential_cpu_offload` does it: nothing stays on the device but the layer that works."""
+    pipe = families.ALL[name]()
+    made = vqlib.harden(vqlib.quantize(pipe.transformer, VQ.replace(codebook_scope=scope)))
+    x = torch.randn(2, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = x, torch.tensor([3.0, 700.0]), torch.tensor([0, 2]), SCALE
+    with torch.no_grad():
+        expected = pipe.output(*given, model=made)
+        offloaded = cpu_offload(made, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert all(buffer.device.type == "meta" for name, buffer in offloaded.named_buffers() if name.endswith("codes"))
+        assert torch.equal(pipe.output(*given, model=offloaded), expected)

@@ -42,7 +42,7 @@ class VQLinear(nn.Module):
         self.register_buffer("codebook", torch.zeros(k, d, dtype=codebook_dtype, device=device))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        self.register_buffer("dense", None, persistent=False)
+        self.dense: Tensor | None = None  # no buffer: who offloads a model moves those, and cannot move None
 
     @classmethod
     def from_assignments(
@@ -141,9 +141,10 @@ class VQLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True) -> VQLinear:
-        """As nn.Module, but the scale stays float32 whatever dtype the rest is moved to."""
+        """As nn.Module, the dense weight too, but the scale stays float32 whatever dtype the rest is moved to."""
         scale = self.scale
         super()._apply(fn, recurse)
+        self.dense = None if self.dense is None else fn(self.dense)
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
         return self

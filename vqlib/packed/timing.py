@@ -83,7 +83,8 @@ def products(model: nn.Module, run: Callable[[], Any]) -> Callable[[], None]:
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, dense weights of speed mode too; memory that several share counts once."""
     storages = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    kept = [m.dense for m in model.modules() if isinstance(m, VQLinear) and m.dense is not None]
+    for tensor in [*model.parameters(), *model.buffers(), *kept]:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
