@@ -12,7 +12,7 @@ from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import fit_codebook
-from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.baselines.baseline import FullPrecision, Moments, packed, uniform
@@ -158,7 +158,7 @@ def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
     chosen = candidates_with_feedback(weight, Columns.of(hessian, 4), codebook.codewords).indices[:, 0].long()
     assert error(chosen, codebook.codewords) < 0.9 * error(nearest, codebook.codewords)
     for assignments in (nearest, chosen):
-        better = refit(weight, hessian, assignments, codebook.codewords)
+        better = refit([Assigned(weight, hessian, assignments)], codebook.codewords)
         assert error(assignments, better) < error(assignments, codebook.codewords)
         for _ in range(3):  # a minimum: no step to the side is better
             aside = better + 0.01 * torch.randn_like(better)

@@ -34,7 +34,7 @@ from vqlib.studies.on_ray import engine
 
 FOLDER = DATA / "runs" / "few-bits"
 OURS = "VQ4DiT, recipe best"
-HALF = {"codebook_dtype": "float16"}
+HALF = {"codebook_dtype": "float16", "feedback_rounds": 8}
 CODES = {  # name -> how they differ from k 256, d 4 with a codebook a layer
     "k 256, d 2": HALF | {"bits": 4},
     "k 64, d 2": HALF | {"bits": 3},
