@@ -18,7 +18,7 @@ from seeded import weight
 from vqlib.config import recipe_vq
 from vqlib.models.geometry import Geometry
 from vqlib.quantizer.codebook import fit_codebook
-from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.system.memory import peak_memory
 
@@ -67,7 +67,7 @@ def main() -> None:
         found, candidates = timed(
             lambda: candidates_with_feedback(w, columns, book.codewords, vq.candidates, vq.ratio_start)
         )
-        _, refitting = timed(lambda: refit([Assigned(w, h, found.indices[:, 0].long())], book.codewords))
+        _, refitting = timed(lambda: refit(w, h, found.indices[:, 0].long(), book.codewords))
         row = {
             "shape": f"{shape[0]}×{shape[1]}",
             "layers": geometry.depth * shapes.count(shape),

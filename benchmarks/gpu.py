@@ -30,7 +30,7 @@ from vqlib.models import dit
 from vqlib.models.geometry import Geometry
 from vqlib.packed.timing import compare
 from vqlib.quantizer.codebook import fit_codebook
-from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.quantize import codebooks
 from vqlib.system.files import write_bytes
@@ -104,9 +104,7 @@ class Proof:
             book = books[name][0]
             found, seconds = timed(lambda: candidates_with_feedback(layer.weight, columns, book, vq.candidates, vq.ratio_start))  # fmt: skip
             split["candidates s"] += seconds
-            split["refit s"] += timed(lambda: refit([Assigned(layer.weight, last, found.indices[:, 0].long())], book))[
-                1
-            ]
+            split["refit s"] += timed(lambda: refit(layer.weight, last, found.indices[:, 0].long(), book))[1]
         row |= split | {"error feedback s": sum(split.values()), "peak GiB": peak_memory(DEVICE) / 2**30}
         note = (
             f"2 bits: k = {vq.k}, d = {vq.d}, n = {vq.candidates}; {passes:.0f} passes a layer; moments of 8 batches."

@@ -49,7 +49,6 @@ class VQConfig(Settings):
     kmeans_iterations: int = 100
     assignment: str = "nearest"  # or "error-feedback"
     codebook_dtype: str = "float32"  # as stored, "float16" or "bfloat16"; they are trained in float32
-    feedback_rounds: int = 1  # of error feedback; between two of them codewords are refitted to the assignments
     layers: LayerRules = ()
     full_precision: Patterns = ()
 
@@ -77,9 +76,7 @@ class VQConfig(Settings):
         self._one_of("assignment", ("nearest", "error-feedback"))
         self._one_of("codebook_dtype", CODEBOOK_TYPES)
         self._one_of("codebook_scope", ("layer", "block", "model"))
-        self._positive("kmeans_iterations", "feedback_rounds")
-        if self.feedback_rounds > 1 and self.assignment != "error-feedback":
-            raise ValueError(f"feedback_rounds={self.feedback_rounds} needs assignment='error-feedback'")
+        self._positive("kmeans_iterations")
 
     def for_layer(self, name: str) -> VQConfig:
         """The settings of one layer: k and d of the first of `layers` that fits its dotted name, else of all."""

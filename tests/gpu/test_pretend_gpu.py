@@ -16,7 +16,7 @@ from vqlib.models.modulation import cached_modulation
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer import codebook, lloyd
-from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.quantize import codebooks, quantize
 
@@ -100,7 +100,7 @@ def test_second_moments_and_error_feedback_stay_on_the_device(models, gpu, back_
     found = candidates_with_feedback(layer.weight, columns, codewords, 2, "leading")
     assert found.indices.device.type == NAME and found.indices.shape == (layer.weight.numel() // 4, 2)
     assert gpu.waits.total() == factored and factored - before <= 3
-    assert refit([Assigned(layer.weight, hessians[name], found.indices[:, 0].long())], codewords).device.type == NAME
+    assert refit(layer.weight, hessians[name], found.indices[:, 0].long(), codewords).device.type == NAME
 
 
 def test_codebooks_are_found_on_the_device(models, gpu, back_end, monkeypatch):

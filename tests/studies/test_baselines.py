@@ -12,7 +12,7 @@ from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import fit_codebook
-from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns, damped, quantize_columns
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.baselines.baseline import FullPrecision, Moments, packed, uniform
@@ -158,47 +158,11 @@ def test_error_feedback_beats_the_nearest_codewords_and_refitting_never_hurts():
     chosen = candidates_with_feedback(weight, Columns.of(hessian, 4), codebook.codewords).indices[:, 0].long()
     assert error(chosen, codebook.codewords) < 0.9 * error(nearest, codebook.codewords)
     for assignments in (nearest, chosen):
-        better = refit([Assigned(weight, hessian, assignments)], codebook.codewords)
+        better = refit(weight, hessian, assignments, codebook.codewords)
         assert error(assignments, better) < error(assignments, codebook.codewords)
         for _ in range(3):  # a minimum: no step to the side is better
             aside = better + 0.01 * torch.randn_like(better)
             assert error(assignments, better) < error(assignments, aside)
-
-
-def test_a_shared_codebook_is_refitted_to_all_of_its_layers_at_their_scales():
-    """Σ s² tr((W − C[A]) H (W − C[A])ᵀ) is at its minimum; the least of one layer alone is another codebook."""
-    parts = []
-    for seed, scale in ((0, 0.5), (1, 3.0)):
-        weight, hessian = weight_and_hessian(out=48, inputs=32, seed=seed)
-        codebook = fit_codebook(weight.reshape(-1, 4), 16, seed=seed)
-        parts.append(Assigned(weight, hessian, codebook.assignments, torch.tensor(scale)))
-
-    def error(codewords):
-        left = (weighted_error(p.weight - codewords[p.assignments].reshape(p.weight.shape), p.hessian) for p in parts)
-        return sum(float(p.scale) ** 2 * one for p, one in zip(parts, left, strict=True))
-
-    both, alone = refit(parts, codebook.codewords), refit(parts[:1], codebook.codewords)
-    assert error(both) < error(codebook.codewords) and error(both) < error(alone)
-    for _ in range(3):
-        assert error(both) < error(both + 0.01 * torch.randn_like(both))
-
-
-@pytest.mark.parametrize("scope", ["layer", "block", "model"])
-def test_rounds_of_error_feedback_leave_less(pipe, hessians, scope):
-    layers, left = dit.quantizable(pipe.transformer), []
-    for rounds in (1, 2, 4):
-        vq = VQ.replace(codebook_scope=scope, feedback_rounds=rounds)
-        made = harden(quantize(pipe.transformer, vq, seed=3, hessians=hessians))
-        errors = [weighted_error(w.weight - made.get_submodule(n).weight(), hessians[n]) for n, w in layers.items()]
-        left.append(sum(errors))
-    assert left[2] < left[1] < left[0]
-
-
-def test_rounds_need_error_feedback():
-    with pytest.raises(ValueError, match="feedback_rounds=2 needs assignment='error-feedback'"):
-        VQConfig(feedback_rounds=2)
-    with pytest.raises(ValueError, match="feedback_rounds=0 must be positive"):
-        VQ.replace(feedback_rounds=0)
 
 
 def test_with_independent_inputs_of_one_size_feedback_offers_the_nearest_codewords_with_their_ratios():

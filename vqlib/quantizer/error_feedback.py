@@ -6,9 +6,6 @@ error is passed on to the columns still to come; the runners-up in the same metr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -46,44 +43,30 @@ def candidates_with_feedback(
     return Candidates(indices, logits)
 
 
-class Assigned(NamedTuple):
-    """A layer with its codes: weight [out, in], the inputs' second moments [in, in], assignments [N].
+def refit(weight: Tensor, hessian: Tensor, assignments: Tensor, codewords: Tensor) -> Tensor:
+    """Codewords [k, d] with the least tr((W − C[A]) H (W − C[A])ᵀ), by conjugate gradients from the given ones.
 
-    `scale`, []: of a layer that shares its codebook, whose weight is then in units of it.
+    The damped Hessian keeps the system definite; a codeword that nothing uses stays where it is.
     """
+    h, k, d = damped(hessian.double()), len(codewords), codewords.shape[1]
 
-    weight: Tensor
-    hessian: Tensor
-    assignments: Tensor
-    scale: Tensor | None = None
+    def pull(difference: Tensor) -> Tensor:
+        """Half the gradient with respect to the codewords: [out, in] -> [k, d]."""
+        return torch.zeros(k, d, dtype=h.dtype, device=h.device).index_add_(
+            0, assignments, (difference @ h).reshape(-1, d)
+        )
 
-
-def refit(layers: Sequence[Assigned], codewords: Tensor) -> Tensor:
-    """Codewords [k, d] with the least Σ s² tr((W − C[A]) H (W − C[A])ᵀ) over the layers, by conjugate gradients from the given ones.
-
-    The damped Hessians keep the system definite; a codeword that nothing uses stays where it is.
-    """
-    metrics = [damped(layer.hessian.double()) for layer in layers]
-
-    def dense(c: Tensor, layer: Assigned) -> Tensor:
-        return c[layer.assignments].reshape(layer.weight.shape)  # [k, d] -> [N, d] -> [out, in]
-
-    def pull(difference: Callable[[Assigned], Tensor]) -> Tensor:
-        """Half the gradient with respect to the codewords: [out, in] of every layer -> [k, d]."""
-        total = torch.zeros(codewords.shape, dtype=torch.float64, device=codewords.device)
-        for layer, h in zip(layers, metrics, strict=True):
-            own = (difference(layer) @ h).reshape(-1, codewords.shape[1])
-            total.index_add_(0, layer.assignments, own if layer.scale is None else layer.scale.double().square() * own)
-        return total
+    def dense(c: Tensor) -> Tensor:
+        return c[assignments].reshape(weight.shape)  # [k, d] -> [N, d] -> [out, in]
 
     c = codewords.double()
-    residual = pull(lambda layer: layer.weight.double() - dense(c, layer))
+    residual = pull(weight.double() - dense(c))
     start = size = residual.square().sum()
     direction = residual
     for _ in range(REFIT_STEPS):
         if size <= 1e-12 * start:
             break
-        image = pull(lambda layer: dense(direction, layer))
+        image = pull(dense(direction))
         step = size / (direction * image).sum()
         c, residual = c + step * direction, residual - step * image
         previous, size = size, residual.square().sum()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vqlib.config import VQConfig
 from vqlib.models import dit
-from vqlib.quantizer.candidates import Candidates, find_candidates
+from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import Codebook, cached_codebooks, fit_codebooks
-from vqlib.quantizer.error_feedback import Assigned, candidates_with_feedback, refit
+from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
@@ -35,8 +35,8 @@ def quantize(
     Layers that `config.full_precision` names stay as they are. The original is left as it is; tensors that are not quantized
     are copied. `cache`: a folder in which codebooks are looked for and kept, under a hash of the weights, k, d, seed and
     iterations. `hessians`: [in, in] by layer name, as `input_hessians` gives them; only assignment="error-feedback" reads
-    them. Codewords are refitted to the assignments between two of `config.feedback_rounds`, shared ones to those of all their
-    layers; a codebook that is the layer's own also at the end (ratios and order of the candidates are those before it). Raises ValueError naming the layer whose width `config.d` does not divide, or whose Hessian is missing,
+    them, and a codebook that is the layer's own is then refitted to its assignments (ratios and order of the candidates are
+    those before it). Raises ValueError naming the layer whose width `config.d` does not divide, or whose Hessian is missing,
     of another size or not finite, and a model that has no linear in its blocks or holds quantized layers already, before any
     work is done.
     """
@@ -147,28 +147,21 @@ def _quantize_group(
 ) -> Iterator[tuple[str, CandidateLinear]]:
     """The new layers of a group, by name, with its codewords [k, d] and settings."""
     shared, codewords = config.codebook_scope != "layer", nn.Parameter(codewords)
-    scales = {name: _scale(layer) if shared else None for name, layer in group.items()}
-
-    def assigned(name: str, layer: nn.Linear, n: int) -> tuple[Candidates, Assigned]:
-        """By error feedback, with the codewords as they are now."""
-        weight = _normalized(layer, config.d, scales[name]).view(layer.weight.shape)
-        hessian = hessians[name].to(weight.device)
-        columns = columns_of(hessian, config.d)
-        found = candidates_with_feedback(weight, columns, codewords.data, n, config.ratio_start)
-        return found, Assigned(weight, hessian, found.indices[:, 0].long(), scales[name])
-
-    for _ in range(config.feedback_rounds - 1):
-        codewords.data = refit([assigned(name, layer, 1)[1] for name, layer in group.items()], codewords.data)
     for name, layer in group.items():
+        scale = _scale(layer) if shared else None
+        part = _normalized(layer, config.d, scale)
         if hessians:
-            candidates, own = assigned(name, layer, config.candidates)
+            weight, hessian = part.view(layer.weight.shape), hessians[name].to(part.device)
+            columns = columns_of(hessian, config.d)
+            candidates = candidates_with_feedback(
+                weight, columns, codewords.data, config.candidates, config.ratio_start
+            )
             if not shared:
-                codewords.data = refit([own], codewords.data)
+                codewords.data = refit(weight, hessian, candidates.indices[:, 0].long(), codewords.data)
         else:
-            part = _normalized(layer, config.d, scales[name])
             candidates = find_candidates(part, codewords.data, config.candidates, config.ratio_start)
         shape, dtype = tuple(layer.weight.shape), getattr(torch, config.codebook_dtype)
-        yield name, CandidateLinear(codewords, candidates, shape, layer.bias, scales[name], dtype)
+        yield name, CandidateLinear(codewords, candidates, shape, layer.bias, scale, dtype)
 
 
 def _scale(layer: nn.Linear) -> Tensor:

@@ -35,7 +35,6 @@ from vqlib.studies.on_ray import engine
 FOLDER = DATA / "runs" / "few-bits"
 OURS = "VQ4DiT, recipe best"
 HALF = {"codebook_dtype": "float16"}
-ROUNDS = 8  # of error feedback
 CODES = {  # name -> how they differ from k 256, d 4 with a codebook a layer
     "k 256, d 2": HALF | {"bits": 4},
     "k 64, d 2": HALF | {"bits": 3},
@@ -65,14 +64,14 @@ class Choice:
         return self.how if isinstance(self.how, FullPrecision) else self.how.seeded(seed)
 
 
-def choices(rounds: int = ROUNDS, **sizes: int) -> list[Choice]:
+def choices(**sizes: int) -> list[Choice]:
     """Every row, the most telling first; `sizes`: iterations, batch_size, steps of all trainings, where they are to be others."""
     last = {NONE: None, FIXED: recipe_distillation("best", lr_latents=0.0, **sizes)}
     last[MOVING] = recipe_distillation("best", **sizes)
     settings = recipe("best", **sizes)
 
     def ours(codes: str, stage: str) -> Choice:
-        vq: VQConfig = recipe_vq("best", **({"bits": 2, "feedback_rounds": rounds} | CODES[codes]))
+        vq: VQConfig = recipe_vq("best", **({"bits": 2} | CODES[codes]))
         return Choice(OURS, codes, stage, VectorQuantized(vq, settings, distillation=last[stage]))
 
     def rivals(stage: str) -> list[Choice]:
