@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from vqlib.evaluation.classifier import SmallClassifier
 from vqlib.evaluation.evaluate import Metrics, evaluate, inception_score, precision_recall
-from vqlib.evaluation.extractors import load_extractor
-from vqlib.evaluation.fashion_classifier import FashionClassifier
+from vqlib.evaluation.extractors import FashionExtractor, load_extractor
 from vqlib.evaluation.references import make_reference
 
 
@@ -23,7 +23,7 @@ from vqlib.evaluation.references import make_reference
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
-    save_file(FashionClassifier().state_dict(), path)
+    save_file(SmallClassifier(1, 10, FashionExtractor.WIDTHS).state_dict(), path)
     return path
 
 

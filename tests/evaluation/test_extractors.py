@@ -11,16 +11,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import create_feature_extractor
 
 from vqlib.evaluation import extractors
+from vqlib.evaluation.classifier import SmallClassifier, to_model
 from vqlib.evaluation.efficientnet import EfficientNetLite0
-from vqlib.evaluation.extractors import InceptionExtractor, flatten_spatial, load_extractor
-from vqlib.evaluation.fashion_classifier import FashionClassifier
-from vqlib.evaluation.fashion_dataset import to_model
+from vqlib.evaluation.extractors import FashionExtractor, InceptionExtractor, flatten_spatial, load_extractor
 
 
 @pytest.fixture
 def weights(tmp_path):
     torch.manual_seed(0)
-    save_file(FashionClassifier().state_dict(), tmp_path / "classifier.safetensors")
+    save_file(SmallClassifier(1, 10, FashionExtractor.WIDTHS).state_dict(), tmp_path / "classifier.safetensors")
     return tmp_path / "classifier.safetensors"
 
 
@@ -51,7 +50,7 @@ def test_torch_fidelity_creates_it_by_name(weights, images):
 def test_half_precision_weights_are_widened(weights, tmp_path, images):
     state = {
         name: value.half() if value.is_floating_point() else value
-        for name, value in FashionClassifier().state_dict().items()
+        for name, value in SmallClassifier(1, 10, FashionExtractor.WIDTHS).state_dict().items()
     }
     save_file(state, tmp_path / "half.safetensors")
     assert load_extractor("fashion", tmp_path / "half.safetensors")(images).features.dtype == torch.float32
@@ -59,7 +58,7 @@ def test_half_precision_weights_are_widened(weights, tmp_path, images):
 
 def test_the_fingerprint_is_of_the_weights(weights, tmp_path):
     torch.manual_seed(1)
-    save_file(FashionClassifier().state_dict(), tmp_path / "other.safetensors")
+    save_file(SmallClassifier(1, 10, FashionExtractor.WIDTHS).state_dict(), tmp_path / "other.safetensors")
     first, again = load_extractor("fashion", weights), load_extractor("fashion", weights)
     other = load_extractor("fashion", tmp_path / "other.safetensors")
     assert first.fingerprint == again.fingerprint != other.fingerprint
@@ -68,7 +67,7 @@ def test_the_fingerprint_is_of_the_weights(weights, tmp_path):
 def test_missing_weights_and_names_are_named(tmp_path, images, weights):
     with pytest.raises(FileNotFoundError, match="'fashion' needs its weights at .*absent"):
         load_extractor("fashion", tmp_path / "absent")
-    with pytest.raises(ValueError, match="'vgg' is not one of fashion, inception, efficientnet-lite0"):
+    with pytest.raises(ValueError, match="'vgg' is not one of fashion, emoji, inception, efficientnet-lite0"):
         load_extractor("vgg")
     with pytest.raises(ValueError, match="images are 28×28 px; extractor 'fashion' takes 32×32"):
         load_extractor("fashion", weights)(images[..., :28, :28])

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vqlib.evaluation.extractors import load_extractor
-from vqlib.evaluation.fashion_classifier import FashionClassifier
+from vqlib.evaluation.classifier import SmallClassifier
+from vqlib.evaluation.extractors import FashionExtractor, load_extractor
 from vqlib.evaluation.frechet import frechet_from_statistics
 from vqlib.evaluation.references import ABOUT, STORED, Reference, load_reference, make_reference, resolve
 
@@ -19,7 +19,7 @@ from vqlib.evaluation.references import ABOUT, STORED, Reference, load_reference
 def classifier(folder, seed):
     torch.manual_seed(seed)
     path = folder / f"classifier-{seed}.safetensors"
-    save_file(FashionClassifier().state_dict(), path)
+    save_file(SmallClassifier(1, 10, FashionExtractor.WIDTHS).state_dict(), path)
     return load_extractor("fashion", path)
 
 

@@ -1,4 +1,4 @@
-"""Trained networks -> `data/dit-mini-fashion`: a diffusers pipeline folder, the classifier, and the reference statistics."""
+"""Trained networks -> a bundled model's folder: a diffusers pipeline, and the classifier beside it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqlib.bundled import recipes
-from vqlib.evaluation import fashion_dataset as dataset
+from vqlib.bundled.subjects import Subject
+from vqlib.evaluation.classifier import to_model
 from vqlib.system.files import write_bytes, write_tensors
 
 
@@ -24,8 +24,8 @@ def trained(network: nn.Module, name: str, folder: str | Path) -> nn.Module:
 
 @torch.no_grad()  # not inference mode: trainings start from these tensors
 def posterior(vae: AutoencoderKL, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of uint8 images [N, 1, 32, 32] as latents float32 [N, 4, 8, 8], not yet scaled."""
-    parts = [vae.encode(dataset.to_model(part)).latent_dist for part in images.split(batch)]
+    """Means and standard deviations of uint8 images [N, C, 32, 32] as latents float32 [N, c, 8, 8], not yet scaled."""
+    parts = [vae.encode(to_model(part)).latent_dist for part in images.split(batch)]
     return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
 
@@ -54,25 +54,16 @@ def export_classifier(classifier: nn.Module, target: str | Path) -> None:
     write_tensors(Path(target) / "classifier.safetensors", state)
 
 
-def export_indices(target: str | Path) -> None:
+def export_indices(subject: Subject, target: str | Path) -> None:
     """`model_index.json` and `scheduler/`, which make the folder one that DiTPipeline opens."""
     target = Path(target)
     index = {
         "_class_name": "DiTPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", subject.scheduler["_class_name"]],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "id2label": {str(i): name for i, name in enumerate(dataset.CLASSES)},
-    }
-    scheduler = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": recipes.TIMESTEPS,
-        "beta_schedule": "linear",
-        "beta_start": recipes.BETA_START,
-        "beta_end": recipes.BETA_END,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "prediction_type": "epsilon",
+        "id2label": {str(i): name for i, name in enumerate(subject.classes)},
     }
     write_bytes(target / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
-    write_bytes(target / "scheduler" / "scheduler_config.json", (json.dumps(scheduler, indent=2) + "\n").encode())
+    scheduler = (json.dumps(subject.scheduler, indent=2) + "\n").encode()
+    write_bytes(target / "scheduler" / "scheduler_config.json", scheduler)

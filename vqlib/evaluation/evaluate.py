@@ -110,7 +110,7 @@ def evaluate(
     drawn with `seed`. `cache`: folder of features by the images' content, None for none. `device`: where an extractor
     that is loaded here runs, by default where a tensor of images is, else the CPU.
     Memory does not grow with N, but for the logits and, where Precision, Recall or the bootstrap need them, D numbers
-    in half precision an image. Accuracy is judged by extractor `fashion` only.
+    in half precision an image. Accuracy is judged by the extractors that know the classes: the bundled classifiers.
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
     start = time.monotonic()

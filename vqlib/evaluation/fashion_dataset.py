@@ -39,11 +39,6 @@ def load(split: str, folder: str | Path | None = None, verify: bool = True) -> t
     return torch.nn.functional.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels.astype(np.int64))
 
 
-def to_model(images: Tensor) -> Tensor:
-    """uint8 pixels 0 … 255 to float32 in [−1, 1], the range the VAE and the classifier take."""
-    return images.float() / 127.5 - 1.0
-
-
 def _find(folder: str | Path | None) -> Path:
     given = folder or os.environ.get("FASHION_MNIST")
     if given:

@@ -19,13 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqlib.evaluation.extractors import BUNDLED, DATA, KINDS, Extractor, Features, load_extractor
+from vqlib.evaluation.extractors import KINDS, Extractor, Features, load_extractor
 from vqlib.evaluation.frechet import FeatureStatistics
 from vqlib.evaluation.image_sources import count_images, image_blocks
+from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW, DATA
 from vqlib.system.files import write_tensors
 from vqlib.system.settings import as_integer, as_seed
 
-STORED = {"fashion-mnist-test": DATA / BUNDLED / "reference-fashion-mnist-test.safetensors"}
+OF_MODEL = {BUNDLED: "fashion-mnist-test", BUNDLED_FLOW: "emoji-test"}  # the stored reference of each bundled model
+STORED = {name: DATA / model / f"reference-{name}.safetensors" for model, name in OF_MODEL.items()}
 MANIFOLD_IMAGES = 10_000  # reference images of Precision and Recall, as ADM's evaluator
 ABOUT = "reference"  # the key of the JSON text in the file's metadata
 TENSORS = ("mean", "covariance", "spatial_mean", "spatial_covariance", "features")
@@ -159,6 +161,15 @@ def make_reference(
     if path is not None:
         reference.save(path)
     return reference
+
+
+def reference_of(model: str) -> str:
+    """The stored reference of a bundled model, by the model's name or the folder's. ValueError where a model has none."""
+    if (name := Path(model).name) not in OF_MODEL:
+        raise ValueError(
+            f"model {model!r} has no reference of its own: give reference=, one of {', '.join(STORED)}, or a file"
+        )
+    return OF_MODEL[name]
 
 
 def load_reference(path: str | Path) -> Reference:

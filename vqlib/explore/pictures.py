@@ -92,7 +92,7 @@ class ImageView(View):
             controls.append(Control("bits", "bits", (*all_bits, FULL), first, tip="of a weight in the blocks"))
         last = len(self.pipe.schedule.timesteps)
         offered = tuple(sorted({s for s in STEPS if s <= last} | {steps}))
-        controls.append(Control("steps", "timesteps", offered, steps, tip="DDPM steps from noise to image"))
+        controls.append(Control("steps", "timesteps", offered, steps, tip="steps from noise to image"))
         scales = tuple(sorted({*GUIDANCE, guidance_scale}))
         controls.append(Control("guidance_scale", "CFG", scales, guidance_scale, tip="classifier-free guidance scale"))
         controls.append(Control("seed", "first seed", tuple(range(SEEDS)), 0, tip="image i has this seed plus i"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqlib.models import dit
 from vqlib.models.denoiser import Denoiser
 
-GUIDED_CHANNELS = 3  # of 4, as both samplers do
+GUIDED_CHANNELS = {4: 3}  # of so many channels, as both published samplers do; of any other number all of them
 
 
 class DiT(Denoiser):
@@ -22,7 +22,7 @@ class DiT(Denoiser):
         return dit.forward(transformer, x, timestep, labels)
 
     def guided_channels(self, channels: int) -> int:
-        return min(GUIDED_CHANNELS, channels)
+        return GUIDED_CHANNELS.get(channels, channels)
 
     def require_fitting(self, name: str, transformer: nn.Module, conditions: int) -> None:
         config = getattr(transformer, "config", None)

@@ -21,7 +21,7 @@ from vqlib.models.prompts import Prompts
 from vqlib.models.schedulers import FLOW, process_of
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-BUNDLED = "dit-mini-fashion"
+BUNDLED, BUNDLED_FLOW = "dit-mini-fashion", "sit-mini-emoji"  # the first unless another is named
 ORIGINAL_VAE = "stabilityai/sd-vae-ft-ema"  # the one DiT was trained with; an original .pt file holds none
 PROMPTS = "prompts.safetensors"  # in the folder of a text-to-image model
 ORIGINALS = {"dit": (DiT(), NoiseSchedule.linear()), "sit": (SiT(original=True), FlowMatching())}  # of a `.pt` file
@@ -106,7 +106,7 @@ def load(
     family: str = "dit",
     prompts: Prompts | str | Path | Sequence[str] | None = None,
 ) -> Pipeline:
-    """Load `dit-mini-fashion` (bundled), a folder in diffusers' layout, a hub id such as `facebook/DiT-XL-2-256`, or
+    """Load `dit-mini-fashion` or `sit-mini-emoji` (bundled), a folder in diffusers' layout, a hub id such as `facebook/DiT-XL-2-256`, or
     the original `DiT-XL-2-256x256.pt`, whose VAE is then the folder or hub id `vae`.
 
     `device`: "cpu", "cuda:1", … or "auto", the GPU where there is one. Weights are widened to float32 unless `dtype` says
@@ -151,7 +151,7 @@ def _load_folder(name: str | Path, prompts: Prompts | str | Path | Sequence[str]
         folder.require_complete(path)
     elif str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"{name!r} is neither a bundled model ({BUNDLED}), a folder here, nor a hub id 'owner/name'"
+            f"{name!r} is neither a bundled model ({BUNDLED}, {BUNDLED_FLOW}), a folder here, nor a hub id 'owner/name'"
         )
     index, *configs, scheduler = (folder.read_json(source, part) for part in folder.PARTS)
     kind, flow = class_name(source, configs[0]), scheduler.get("_class_name") == FLOW

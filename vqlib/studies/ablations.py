@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqlib.config import SamplingConfig
+from vqlib.evaluation.references import reference_of
 from vqlib.models.pipeline import Pipeline
 from vqlib.studies.engines import complete, run
 from vqlib.studies.experiments import Method
@@ -42,7 +43,7 @@ class Ablation:
     folder: Path
     images: int
     sampling: SamplingConfig = SamplingConfig()
-    reference: str | Path = "fashion-mnist-test"
+    reference: str | Path | None = None  # the bundled model's own unless given
     device: str = ""  # of the machines that make the rows, as `device_label` has it; the pipeline's own unless given
 
     def row(self, setting: Setting, seed: int) -> dict:
@@ -87,7 +88,7 @@ class Ablation:
     @cached_property
     def _how(self) -> Measuring:
         device = self.device or device_label(self.pipe.device)
-        return Measuring.of(self.pipe, self.reference, device=device)
+        return Measuring.of(self.pipe, self.reference or reference_of(self.pipe.name), device=device)
 
 
 def summary(table: pd.DataFrame, quality: str = "fd") -> pd.DataFrame:

@@ -20,7 +20,7 @@ from vqlib.calibrator.runs import read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor
-from vqlib.evaluation.references import Reference, load_reference, resolve
+from vqlib.evaluation.references import Reference, load_reference, reference_of, resolve
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
@@ -92,7 +92,7 @@ def measure(
     images: int,
     folder: str | Path,
     sampling: SamplingConfig | None = None,
-    reference: str | Path = "fashion-mnist-test",
+    reference: str | Path | None = None,
     extractor: Extractor | None = None,
     progress: bool = False,
     bootstrap: int = 0,
@@ -100,9 +100,10 @@ def measure(
     """Metrics of `images` samples of `model`, classes in turn, image i with seed i.
 
     The row in `folder` is found by the contents of model, VAE and reference and by all conditions: it is not computed
-    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path; `extractor`:
-    its own unless one is given; `progress`: a bar over what is still to sample.
+    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path, the bundled
+    model's own unless one is given; `extractor`: its own unless one is given; `progress`: a bar over what is still to sample.
     """
+    reference = reference_of(pipe.name) if reference is None else reference
     shared = {"vae": fingerprint(pipe.vae), "reference": reference_fingerprint(load_reference(reference))}
     how = Conditions(
         images, sampling or SamplingConfig(), **shared, device=device_label(pipe.device), bootstrap=bootstrap

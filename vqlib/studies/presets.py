@@ -2,7 +2,8 @@
 
 dit-xl-2-256-w2, -w3, -w4      facebook/DiT-XL-2-256 or DiT-XL-2-256x256.pt
 dit-xl-2-512-w2, -w3, -w4      facebook/DiT-XL-2-512 or DiT-XL-2-512x512.pt
-dit-mini-fashion-w2, -w3, -w4  the bundled model
+dit-mini-fashion-w2, -w3, -w4  the first bundled model
+sit-mini-emoji-w2, -w3, -w4    the second one
 sit-xl-2-256-w2, -w3, -w4      the original SiT-XL-2-256x256.pt, with family="sit"
 pixart-sigma-xl-1024-w2, sd3.5-medium-w2, flux.1-dev-w2, each with -w3, -w4; they take prompts
 """
@@ -16,9 +17,10 @@ from typing import Any
 import pandas as pd
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe_distillation
+from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.blueprint import FLUX_DEV, PIXART_SIGMA_XL, SD35_MEDIUM, Blueprint
 from vqlib.models.geometry import Geometry, Sizes
-from vqlib.models.pipeline import BUNDLED, DATA
+from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW, DATA
 from vqlib.system.settings import as_integer
 
 
@@ -55,7 +57,7 @@ class Preset:
 
     @property
     def expected(self) -> str:
-        """What the README's tables have for these codes and this calibration of the bundled model; empty where none is known."""
+        """What the README's tables have for these codes and this calibration of dit-mini-fashion; empty where none is known."""
         if self.geometry != BUNDLED_GEOMETRY or self.sampling != SamplingConfig():
             return ""
         found = (r.expected for r in RECIPES.values() if (r.vq, r.calibration) == (self.vq, self.calibration))
@@ -99,6 +101,7 @@ def preset(name: str) -> Preset:
 
 
 BUNDLED_GEOMETRY = Geometry(hidden=192, heads=3, depth=6, sample_size=8, classes=10)
+FLOW_GEOMETRY = replace(BUNDLED_GEOMETRY, in_channels=8, out_channels=8, classes=12)
 
 
 def _paper(resolution: int, bits: int) -> Preset:
@@ -116,11 +119,11 @@ def _paper(resolution: int, bits: int) -> Preset:
     )
 
 
-def _bundled(bits: int) -> Preset:
-    """The bundled model with the paper's settings; `expected` at 2 bits: FD-5k (fashion) 1.28, full precision 0.41."""
-    vq, name = VQConfig(bits=bits, candidates=3), f"{BUNDLED}-w{bits}"
-    job = BUNDLED, BUNDLED_GEOMETRY, vq, CalibrationConfig(), SamplingConfig(steps=50, guidance_scale=1.5)
-    return Preset(name, *job, images=1000, reference="fashion-mnist-test")
+def _bundled(bits: int, model: str = BUNDLED, geometry: Geometry = BUNDLED_GEOMETRY) -> Preset:
+    """A bundled model with the paper's settings; `expected` of the first at 2 bits: FD-5k (fashion) 1.28, full precision 0.41."""
+    vq, name = VQConfig(bits=bits, candidates=3), f"{model}-w{bits}"
+    job = model, geometry, vq, CalibrationConfig(), SamplingConfig(steps=50, guidance_scale=1.5)
+    return Preset(name, *job, images=1000, reference=OF_MODEL[model])
 
 
 def _sit(bits: int) -> Preset:
@@ -151,6 +154,7 @@ BITS = (2, 3, 4)
 JOBS = [_paper(resolution, bits) for resolution in (256, 512) for bits in BITS]
 JOBS += [
     *map(_bundled, BITS),
+    *(_bundled(bits, BUNDLED_FLOW, FLOW_GEOMETRY) for bits in BITS),
     *map(_sit, BITS),
     *(_text_to_image(*job, bits) for job in TEXT_TO_IMAGE for bits in BITS),
 ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from vqlib.calibrator.hessians import BATCHES
 from vqlib.config import CalibrationConfig, recipe
-from vqlib.models.pipeline import BUNDLED
+from vqlib.evaluation.references import OF_MODEL
+from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW
 from vqlib.studies.paper_table import FULL_PRECISION
 
 
@@ -35,7 +36,7 @@ class TableConfig:
     """One table. `methods`: (name, bits …); `longer`: (steps, images) at which `longer_methods` are sampled again."""
 
     model: str = BUNDLED
-    reference: str = "fashion-mnist-test"
+    reference: str = OF_MODEL[BUNDLED]
     images: int = 5000
     steps: int = 50
     guidance_scale: float = 1.5
@@ -91,6 +92,7 @@ def _tuples(value):
 
 TABLES = {  # by the name of the model; DiT-XL/2 needs one GPU, the hub, and ADM's reference file beside the notebook
     BUNDLED: TableConfig(),
+    BUNDLED_FLOW: TableConfig(model=BUNDLED_FLOW, reference=OF_MODEL[BUNDLED_FLOW], images=1000, longer=()),
     "dit-xl-2-256": TableConfig(
         model="facebook/DiT-XL-2-256",
         reference="VIRTUAL_imagenet256_labeled.npz",
