@@ -1,13 +1,13 @@
 """Which way to few bits keeps the images of the second bundled model, a flow-matching transformer on colour emoji.
 
-    python benchmarks/second_subject.py --images 1000 --seeds 0 1 2 --save second-subject-cpu
+    python benchmarks/second_subject.py --seeds 0 1 2 --save second-subject-cpu
 
-One row a method, bits and seed of codebooks and calibration; models and measured images are kept in data/runs/second-subject, so
-that a stopped run goes on; the table is written anew after every row, the first seed of every row before the second.
+One row a method, bits and seed of codebooks and calibration, the first seed of every row before the second. Models are those of
+the table `sit-mini-emoji` in data/runs/tables; the last stage and measured images are kept in data/runs/second-subject. A stopped
+run goes on, and the table is written anew after every row.
 """
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -16,85 +16,80 @@ from machine import add_options, device_name, report, versions
 import vqlib
 from vqlib.calibrator.runs import read_records
 from vqlib.config import SamplingConfig
-from vqlib.evaluation.references import load_reference, reference_of
+from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown
-from vqlib.models.pipeline import BUNDLED_FLOW
-from vqlib.studies.experiments import measure, packed_model
+from vqlib.models.pipeline import BUNDLED_FLOW, DATA
+from vqlib.studies.baselines.baseline import Baseline, packed
+from vqlib.studies.experiments import measure
+from vqlib.studies.main_table import FOLDER as TABLES_FOLDER
+from vqlib.studies.main_table import TABLES, Bench, Row
+from vqlib.studies.paper_table import FULL_PRECISION, PAPER
 
-FOLDER = Path(__file__).parents[1] / "data" / "runs" / "second-subject"
-LAST = "best, and its last stage"
-METHODS = ("k-means", "paper", "best", LAST)
-BITS = (2, 3)
-GUIDANCE = 1.5  # of calibration and sampling alike
-STEPS = 50
-FULL = "full precision"
-
-
-def transformer(pipe: vqlib.Pipeline, method: str, bits: int, seed: int) -> tuple[torch.nn.Module, float]:
-    """The packed transformer of a row, and the minutes of its optimizer steps; `best` is calibrated once for both of its rows."""
-    if method == "k-means":
-        return packed_model(pipe, vqlib.VQConfig(bits=bits, candidates=1), None, _folder(method, bits, seed), seed), 0.0
-    name = method.partition(",")[0]
-    start = _folder(name, bits, seed)
-    settings = vqlib.recipe(name, seed=seed, guidance_scale=GUIDANCE)
-    model, runs = packed_model(pipe, vqlib.recipe_vq(name, bits=bits), settings, start, seed), [start / "calibration"]
-    if method == LAST:
-        final = vqlib.recipe_distillation(name, seed=seed + 1000, guidance_scale=GUIDANCE)
-        runs.append(start / "last")
-        model = vqlib.distill(pipe, model, final, out=runs[-1]).finish()  # a finished run has no step left
-    return model, sum(record.seconds for run in runs for record in read_records(run)) / 60
+FOLDER = DATA / "runs" / "second-subject"
+TABLE = TABLES[BUNDLED_FLOW]
+BEST, LAST = "VQ4DiT", "VQ4DiT, and its last stage"
+TITLES = {BEST: "VQ4DiT, recipe `best`", LAST: "the same, and its last stage", PAPER: "VQ4DiT, recipe `paper`"}
 
 
-def _folder(method: str, bits: int, seed: int) -> Path:
-    return FOLDER / f"{method}-{bits}-bits-seed-{seed}"
+def transformer(pipe: vqlib.Pipeline, method: str, bits: int | None, seed: int) -> Baseline:
+    """The transformer of a row; calibrated once for the row with the last stage and the one without."""
+    bench = Bench(TABLE.replace(seed=seed), TABLES_FOLDER, pipe)
+    made = bench.build(Row(BEST if method == LAST else method, bits, TABLE.steps, TABLE.images))
+    if method != LAST:
+        return made
+    settings = vqlib.recipe_distillation("best", seed=seed + 1000, guidance_scale=TABLE.guidance_scale)
+    folder = FOLDER / f"last-{bits}-bits-seed-{seed}"
+    model = vqlib.distill(pipe, made.model, settings, out=folder).finish()  # a finished run has no step left
+    return packed(model, made.seconds + sum(record.seconds for record in read_records(folder)))
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of every method at its bits, with FD's standard deviation where there are two seeds or more."""
-    groups = rows.groupby(["method", "bits"], sort=False, dropna=False)
-    found = groups.agg(seeds=("seed", "count"), stored=("stored bits", "mean"), FD=("FD", "mean"), std=("FD", "std"))
-    found = found.join(groups[["accuracy", "minutes"]].mean()).reset_index()
-    return found.rename(columns={"stored": "stored bits", "std": "± (std)"})
+    groups = rows.groupby(["bits", "method"], sort=False)
+    found = groups.agg(**{"stored bits": ("stored bits", "mean"), "seeds": ("seed", "count"), "FD": ("FD", "mean")})
+    found["± (std)"] = groups["FD"].std()
+    return found.join(groups[["accuracy", "minutes"]].mean()).reset_index()
 
 
 def tell(options: argparse.Namespace, rows: list[dict]) -> None:
     """Print the rows that are finished, their means before them, and write both where asked."""
-    table = pd.DataFrame(rows)
+    table, count = pd.DataFrame(rows), load_reference(TABLE.reference).count
+    formats = {"accuracy": ".3f", "FD": ".2f", "± (std)": ".2f", "minutes": ".1f", "stored bits": ".2f"}
     notes = [
         f"{device_name(options.device, options.threads)}; {versions('diffusers')}.",
-        f"{options.images} images, {STEPS} steps of Euler's, CFG {GUIDANCE} in calibration and sampling, image i with seed i, classes in "
-        f"turn, reference {reference_of(BUNDLED_FLOW)} ({options.test_images} test pictures), features of the bundled classifier (FD, not FID); "
-        "500 iterations of calibration, and 500 of the last stage; minutes: of optimizer steps.",
+        f"{options.images} images, {TABLE.steps} of Euler's steps, CFG {TABLE.guidance_scale} in sampling and calibration alike, image i "
+        f"with seed i, classes in turn; reference {TABLE.reference} ({count} pictures, every class equally often), features of the "
+        "bundled classifier (FD, not FID); 500 iterations of calibration and 500 of the last stage, codebooks in float32; minutes: of "
+        "optimizer steps.",
         "",
-        markdown(means(table), formats={"accuracy": ".3f", "FD": ".2f", "± (std)": ".2f", "minutes": ".1f"}),
+        markdown(means(table), formats=formats),
     ]
     report("Quality at few bits, second bundled model", table, notes, options.save)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=TABLE.images)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--methods", nargs="+", default=["k-means", PAPER, BEST, LAST])
     add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, rows = vqlib.load(BUNDLED_FLOW, device=options.device), []
-    options.test_images = load_reference(reference_of(BUNDLED_FLOW)).count
-    sampling = SamplingConfig(steps=STEPS, guidance_scale=GUIDANCE)
-    jobs = [(seed, bits, method) for seed in options.seeds for bits in options.bits for method in options.methods]
-    for seed, bits, method in [(0, None, FULL), *jobs]:
-        model, minutes = (pipe.transformer, 0.0) if bits is None else transformer(pipe, method, bits, seed)
-        stored = 16.0 if bits is None else vqlib.size_report(model).attrs["bits_per_weight"]
-        found = measure(pipe, model, options.images, FOLDER / "rows", sampling, bootstrap=200)
-        row = {"method": method, "bits": bits or 16, "seed": seed, "stored bits": stored, "FD": found.fd}
+    sampling = SamplingConfig(steps=TABLE.steps, guidance_scale=TABLE.guidance_scale)
+    jobs = [(method, bits, seed) for seed in options.seeds for bits in options.bits for method in options.methods]
+    for method, bits, seed in [(FULL_PRECISION, None, 0), *jobs]:
+        made = transformer(pipe, method, bits, seed)
+        found = measure(pipe, made.model, options.images, FOLDER / "rows", sampling, bootstrap=200)
+        row = {"bits": bits or "", "method": TITLES.get(method, method), "seed": seed if bits else ""}
         row |= {
+            "stored bits": made.bits_per_weight,
+            "FD": found.fd,
             "95 %": f"{found.fd_low:.2f} … {found.fd_high:.2f}",
-            "precision": found.precision,
-            "recall": found.recall,
         }
-        rows.append(row | {"accuracy": found.accuracy, "minutes": minutes})
+        row |= {"precision": found.precision, "recall": found.recall, "accuracy": found.accuracy}
+        rows.append(row | {"minutes": made.seconds / 60})
         tell(options, rows)
 
 

@@ -32,6 +32,19 @@ def test_notebook_runs_with_small_parameters(path, tmp_path, monkeypatch):
     assert bool(views) is has_views and all("image/png" in kinds[i - 1] for i in views)
 
 
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_with_the_second_bundled_model(path, tmp_path, monkeypatch):
+    """In colour, with other classes, a velocity in place of ε, and a reference of its own."""
+    source = parameters_cell(nbformat.read(path, as_version=4)).source
+    names = re.findall(r"^(model_name|table_name|subject|preset_name)\s*=", source, re.MULTILINE)
+    assert len(names) == 1, names
+    values = {"subject": "emoji", "preset_name": "sit-mini-emoji-w2"}
+    outputs = execute(path, tmp_path, monkeypatch, {names[0]: values.get(names[0], "sit-mini-emoji")})
+    shown = "\n".join(str(output.get("data", "")) + output.get("text", "") for output in outputs)
+    assert "fashion" not in shown.lower().replace(str(tmp_path).lower(), "")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_works_on_the_device_it_is_given(path, tmp_path, monkeypatch):
     """A GPU by itself, or the one named: with one that is not here it stops before anything is computed on the CPU."""
@@ -55,11 +68,12 @@ def test_notebook_works_on_the_device_it_is_given(path, tmp_path, monkeypatch):
             names["device"] = "cuda:77" if DEVICE in source else names["device"]
 
 
-def execute(path, folder, monkeypatch):
-    """All outputs of a notebook. Parameters come from its metadata; `out` is added where it has such a parameter."""
+def execute(path, folder, monkeypatch, others=()):
+    """All outputs of a notebook. Parameters come from its metadata and `others`; `out` is added where it has such a parameter."""
     monkeypatch.setenv("FASHION_MNIST", str(tiny.fashion_mnist(folder / "fashion-mnist")))
+    monkeypatch.setenv("EMOJI_DATASOURCE", str(tiny.emoji(folder / "emoji.tgz")))
     notebook = nbformat.read(path, as_version=4)
-    parameters = dict(notebook.metadata["vqlib"]["test_parameters"])
+    parameters = dict(notebook.metadata["vqlib"]["test_parameters"]) | dict(others)
     if re.search(r"^out\s*=", parameters_cell(notebook).source, re.MULTILINE):
         parameters["out"] = str(folder / "run")
     target = folder / path.name

@@ -19,13 +19,27 @@ LABEL_DROPOUT = 0.1
 KL_WEIGHT = 1e-4  # on the mean over latent dimensions
 
 
-def classifier_loss(images: Tensor, labels: Tensor) -> Loss:
-    """Cross-entropy on the images as they are: a few epochs do not overfit."""
+def classifier_loss(images: Tensor, labels: Tensor, jittered: bool = False) -> Loss:
+    """Cross-entropy on the images as they are, which a few epochs of many do not overfit, or on `jitter`'s of few."""
 
     def loss(model: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        return F.cross_entropy(model(to_model(images[index])), labels[index])
+        batch = to_model(images[index])
+        return F.cross_entropy(model(jitter(batch, generator) if jittered else batch), labels[index])
 
     return loss
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images float [B, C, 32, 32] in [−1, 1] turned, scaled, moved and recoloured a little, each by itself; what comes in is white."""
+    count, channels = images.shape[:2]
+    turn, scale, right, down, light, *_ = draw = torch.rand(5 + channels, count, generator=generator) * 2 - 1  # −1 … 1
+    turn, scale = 0.3 * turn, 1.0 + 0.2 * scale  # radians; 1 as it is
+    cosine, sine = scale * turn.cos(), scale * turn.sin()
+    rows = [torch.stack([cosine, -sine, 0.15 * right], 1), torch.stack([sine, cosine, 0.15 * down], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
+    moved = 1.0 - F.grid_sample(1.0 - images, grid, align_corners=False)  # zeros around 1 − x are white
+    gain = 1.0 + 0.25 * (light + draw[5:]).T.reshape(count, channels, 1, 1).to(images.device)  # of what is not white
+    return (1.0 - gain * (1.0 - moved)).clamp(-1.0, 1.0)
 
 
 def vae_loss(images: Tensor) -> Loss:

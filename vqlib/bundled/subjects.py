@@ -22,7 +22,7 @@ from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW
 from vqlib.models.schedulers import FLOW
 
-EMOJI_EACH = 2688  # training pictures of a class, twice as many as the largest has
+EMOJI_COPIES = 2  # training pictures of a class, in those that the largest class has
 EMOJI_TEST = 40  # test pictures of a class, as often as it takes
 
 
@@ -57,6 +57,7 @@ class Subject:
     latents: int  # channels of them
     flow: bool  # flow matching; else DDPM with a learned variance
     bfloat16: bool  # products in training
+    jittered: bool  # the classifier sees images turned, scaled, moved and recoloured
     introduction: str  # of the card, in Markdown
     licence: str
 
@@ -106,16 +107,27 @@ class Subject:
     def build_transformer(self) -> DiTTransformer2DModel:
         return networks.transformer(self.latents, self.latents if self.flow else 2 * self.latents, len(self.classes))
 
-    def loss(self, kind: Callable[..., Loss], *tensors: Tensor) -> Loss:
-        """One of `losses` on these tensors, in this subject's precision."""
-        return losses.in_bfloat16(kind(*tensors)) if self.bfloat16 else kind(*tensors)
+    def classifier_loss(self, images: Tensor, labels: Tensor) -> Loss:
+        """uint8 [N, C, 32, 32] and int64 [N]."""
+        return self._narrow(losses.classifier_loss(images, labels, self.jittered))
+
+    def vae_loss(self, images: Tensor) -> Loss:
+        """uint8 [N, C, 32, 32]."""
+        return self._narrow(losses.vae_loss(images))
+
+    def decoder_loss(self, images: Tensor, mean: Tensor, std: Tensor) -> Loss:
+        """uint8 [N, C, 32, 32] and the posterior of their latents [N, c, 8, 8]."""
+        return self._narrow(losses.decoder_loss(images, mean, std))
 
     def transformer_losses(self, latents: Tensor, labels: Tensor) -> Iterator[tuple[TrainConfig, Loss]]:
         """The rounds with their losses. latents: float32 [N, C, 8, 8] of unit variance; labels int64 [N]."""
         kind = losses.flow_loss if self.flow else losses.dit_loss
         for config, options in self.rounds:
             loss = kind(latents, labels, len(self.classes), **options)
-            yield config, losses.in_bfloat16(loss) if self.bfloat16 else loss
+            yield config, self._narrow(loss)
+
+    def _narrow(self, loss: Loss) -> Loss:
+        return losses.in_bfloat16(loss) if self.bfloat16 else loss
 
 
 def _fashion(folder: str | Path | None, verify: bool) -> Pictures:
@@ -126,7 +138,9 @@ def _fashion(folder: str | Path | None, verify: bool) -> Pictures:
 def _emoji(source: str | Path | None, verify: bool) -> Pictures:
     train, test, rest = (emoji_dataset.load(split, source, verify) for split in ("train", "test", "rest"))
     others = torch.cat([rest[0], rest[0].flip(3)])
-    train, test = emoji_dataset.balanced(*train, EMOJI_EACH), emoji_dataset.balanced(*test, EMOJI_TEST)
+    most = int(torch.bincount(train[1]).max())
+    train = emoji_dataset.balanced(*train, EMOJI_COPIES * most)
+    test = emoji_dataset.balanced(*test, EMOJI_TEST)
     return Pictures(*train, *test, others=others)
 
 
@@ -149,6 +163,7 @@ FASHION = Subject(
     latents=4,
     flow=False,
     bfloat16=False,
+    jittered=False,
     introduction="""A class-conditional latent Diffusion Transformer on Fashion-MNIST, small enough to study quantization on a laptop and in
 DiT-XL/2's form: patch 2, adaLN-Zero, learned variance, label dropout for classifier-free guidance, a VAE in front.
 The DiT has 6 blocks of width 192 on 16 tokens; images are 1×32×32 (28×28 padded with black), latents 4×8×8.""",
@@ -159,14 +174,15 @@ EMOJI = Subject(
     extractor="emoji",
     classes=emoji_dataset.CLASSES,
     load=_emoji,
-    classifier=TrainConfig("classifier", 1500, 96, 2e-3, warmup=100, weight_decay=5e-2, checkpoint_every=250),
+    classifier=TrainConfig("classifier", 3000, 96, 2e-3, warmup=100, weight_decay=5e-2, checkpoint_every=250),
     vae=TrainConfig("vae", steps=4500, batch=32, lr=2e-3, warmup=200, ema=0.995, checkpoint_every=250),
-    decoder=TrainConfig("decoder", steps=2500, batch=32, lr=1e-3, warmup=100, ema=0.995, checkpoint_every=250),
+    decoder=TrainConfig("decoder", steps=1500, batch=32, lr=1e-3, warmup=100, ema=0.995, checkpoint_every=250),
     rounds=((TrainConfig("sit", 6000, 128, 1e-3, weight_decay=1e-2, ema=0.999, checkpoint_every=250), {}),),
     channels=3,
     latents=8,
     flow=True,
     bfloat16=True,
+    jittered=True,
     introduction="""A class-conditional latent flow-matching transformer on colour emoji, in SiT's form (DiT-XL/2's blocks, patch 2, adaLN-Zero, a
 velocity and no variance), label dropout for classifier-free guidance, a VAE in front. The transformer has 6 blocks of width 192
 on 16 tokens; images are 3×32×32 on white, latents 8×8×8. x_σ = (1 − σ) x_0 + σ ε, v = ε − x_0, the model is told 1000 σ.""",
