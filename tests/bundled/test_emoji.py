@@ -123,3 +123,12 @@ def test_a_picture_of_the_training_is_told_from_a_new_one():
     assert table.iloc[0, -1] >= 0.5 and table.iloc[1, -1] == pytest.approx(0.05)
     expected = (to_model(new[:1]) - to_model(train)).square().mean((1, 2, 3)).sqrt().min() * 127.5
     assert found["pixels"][1].distance[0] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_jitter_leaves_white_white_and_follows_its_generator():
+    images = to_model(torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8))
+    first, again, other = (losses.jitter(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == images.shape and first.min() >= -1 and first.max() <= 1
+    white = torch.ones(4, 3, 32, 32)
+    assert torch.allclose(losses.jitter(white, torch.Generator().manual_seed(0)), white)

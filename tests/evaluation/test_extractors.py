@@ -14,6 +14,7 @@ from vqlib.evaluation import extractors
 from vqlib.evaluation.classifier import SmallClassifier, to_model
 from vqlib.evaluation.efficientnet import EfficientNetLite0
 from vqlib.evaluation.extractors import FashionExtractor, InceptionExtractor, flatten_spatial, load_extractor
+from vqlib.evaluation.references import load_reference
 
 
 @pytest.fixture
@@ -172,3 +173,9 @@ def test_a_cache_that_cannot_be_written_is_told_and_changes_no_figure(weights, i
     with pytest.warns(UserWarning, match="features are not kept: .*file"):
         found = list(extractor.stream(images, blocked))
     assert torch.equal(found[0].features, extractor(images).features)
+
+
+def test_the_bundled_classifier_is_the_one_that_made_the_stored_reference():
+    """Bit for bit: a fingerprint is the SHA-256 of all weights as they are used."""
+    for name, reference in (("fashion", "fashion-mnist-test"), ("emoji", "emoji-test")):
+        load_reference(reference).check(load_extractor(name))

@@ -17,7 +17,9 @@ SETTING = Setting("a", "n = 2", GEOMETRY, SHORT)
 
 @pytest.fixture
 def study(tmp_path):
-    return Ablation(tiny.pipeline(), tmp_path, images=140, sampling=SamplingConfig(steps=1))
+    return Ablation(
+        tiny.pipeline(), tmp_path, images=140, sampling=SamplingConfig(steps=1), reference="fashion-mnist-test"
+    )
 
 
 def test_a_finished_row_is_read_and_shared_by_groups(study, monkeypatch):

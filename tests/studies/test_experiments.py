@@ -14,6 +14,7 @@ from vqlib.studies import experiments
 from vqlib.system.fingerprint import fingerprint
 
 SAMPLING = SamplingConfig(steps=2, batch_size=50)
+REFERENCE = "fashion-mnist-test"
 
 
 @pytest.fixture
@@ -30,13 +31,13 @@ def sampled(monkeypatch):
 
 def test_a_row_is_computed_once_and_again_only_when_model_or_conditions_change(tmp_path, sampled):
     pipe = tiny.pipeline()
-    first = experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, bootstrap=3)
-    assert experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, bootstrap=3) == first
+    first = experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, REFERENCE, bootstrap=3)
+    assert experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, REFERENCE, bootstrap=3) == first
     assert sampled == [140] and first.images == 140 and first.fd_low < first.fd < first.fd_high
-    experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING.replace(guidance_scale=2.0))
+    experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING.replace(guidance_scale=2.0), REFERENCE)
     other = copy.deepcopy(pipe.transformer)
     other.proj_out_2.bias.add_(1.0)
-    assert experiments.measure(pipe, other, 140, tmp_path, SAMPLING).fd != first.fd
+    assert experiments.measure(pipe, other, 140, tmp_path, SAMPLING, REFERENCE).fd != first.fd
     assert sampled == [140, 140, 140] and not list((tmp_path / "unfinished").iterdir())
 
 
@@ -51,10 +52,10 @@ def test_a_killed_row_goes_on_from_its_last_batch_and_ends_the_same(tmp_path, sa
 
     monkeypatch.setattr(experiments, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING)
-    resumed = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, progress=True)
+        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, REFERENCE)
+    resumed = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "a", SAMPLING, REFERENCE, progress=True)
     assert sampled == [140, 40] and len(written) == 3 and "40 images (" in capsys.readouterr().out
-    whole = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "b", SAMPLING)
+    whole = experiments.measure(pipe, pipe.transformer, 140, tmp_path / "b", SAMPLING, REFERENCE)
     assert {**resumed.to_dict(), "minutes": 0} == {**whole.to_dict(), "minutes": 0}
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from vqlib.config import RECIPES, CalibrationConfig
+from vqlib.evaluation.references import reference_of
 from vqlib.models import pipeline
 from vqlib.models.geometry import Geometry
 from vqlib.studies.presets import PRESETS, preset
@@ -56,9 +57,11 @@ def test_the_figure_expected_is_the_readmes_and_goes_with_its_settings():
     assert [job.expected for job in others] == [""] * 3
 
 
-def test_the_bundled_preset_has_the_bundled_geometry():
-    config = json.loads((pipeline.DATA / pipeline.BUNDLED / "transformer" / "config.json").read_text())
-    assert preset("dit-mini-fashion-w2").geometry == Geometry.of(config)
+@pytest.mark.parametrize("model", [pipeline.BUNDLED, pipeline.BUNDLED_FLOW])
+def test_the_bundled_presets_have_the_bundled_geometry_and_reference(model):
+    config = json.loads((pipeline.DATA / model / "transformer" / "config.json").read_text())
+    job = preset(f"{model}-w2")
+    assert job.geometry == Geometry.of(config) and job.reference == reference_of(model)
 
 
 def test_settings_are_changed_by_their_dotted_names():

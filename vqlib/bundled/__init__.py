@@ -1,1 +1,1 @@
-"""How the bundled model was made: data, classifier, VAE and DiT training, each resumable. Nothing else imports this."""
+"""How the bundled models were made: data, classifier, VAE and transformer training, each resumable. Nothing else imports this."""

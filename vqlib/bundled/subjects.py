@@ -186,6 +186,8 @@ EMOJI = Subject(
     introduction="""A class-conditional latent flow-matching transformer on colour emoji, in SiT's form (DiT-XL/2's blocks, patch 2, adaLN-Zero, a
 velocity and no variance), label dropout for classifier-free guidance, a VAE in front. The transformer has 6 blocks of width 192
 on 16 tokens; images are 3×32×32 on white, latents 8×8×8. x_σ = (1 − σ) x_0 + σ ε, v = ε − x_0, the model is told 1000 σ.""",
-    licence="PENDING",
+    licence="""Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and other contributors, CC-BY 4.0), as emoji-datasource 16.0.0 (Cal
+Henderson, MIT) has them: `DATA_LICENSE`. The weights are under the project's licence; whoever passes on pictures of the two sets,
+also those that the model repeats, owes the attribution given there.""",
 )
 SUBJECTS = {subject.extractor: subject for subject in (FASHION, EMOJI)}

@@ -1,4 +1,4 @@
-"""One resumable training loop, shared by the classifier, the VAE and the DiT of the bundled model."""
+"""One resumable training loop, shared by the classifiers, VAEs and transformers of the bundled models."""
 
 from __future__ import annotations
 
