@@ -177,7 +177,10 @@ EMOJI = Subject(
     classifier=TrainConfig("classifier", 3000, 96, 2e-3, warmup=100, weight_decay=5e-2, checkpoint_every=250),
     vae=TrainConfig("vae", steps=4500, batch=32, lr=2e-3, warmup=200, ema=0.995, checkpoint_every=250),
     decoder=TrainConfig("decoder", steps=1500, batch=32, lr=1e-3, warmup=100, ema=0.995, checkpoint_every=250),
-    rounds=((TrainConfig("sit", 6000, 128, 1e-3, weight_decay=1e-2, ema=0.999, checkpoint_every=250), {}),),
+    rounds=(
+        (TrainConfig("sit", 6000, 128, 1e-3, weight_decay=1e-2, ema=0.999, checkpoint_every=250), {}),
+        (TrainConfig("sit-continued", 2800, 128, 8e-4, 100, weight_decay=1e-2, ema=0.999, checkpoint_every=250), {}),
+    ),
     channels=3,
     latents=8,
     flow=True,
