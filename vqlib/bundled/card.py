@@ -107,7 +107,7 @@ def write(
 
 Classifier: {test_accuracy:.2%} of the real test images. {sampling}
 FD (with its 95 % bootstrap interval), IS, precision and recall are in the classifier's {_width(subject)} features (float64 statistics), so
-they are not FID and compare only with each other. The first row is the floor: real images of the other split.
+they are not FID and compare only with each other. The first row is real images of the split that the classifier was trained on.
 
 {tables.markdown(table)}
 
