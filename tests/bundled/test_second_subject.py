@@ -10,6 +10,7 @@ from vqlib.bundled.subjects import EMOJI, EMOJI_TEST, SUBJECTS
 from vqlib.evaluation.extractors import load_extractor
 from vqlib.evaluation.references import load_reference, reference_of
 from vqlib.models.flow import FlowMatching
+from vqlib.models.geometry import Geometry
 from vqlib.models.pipeline import DATA
 from vqlib.studies.experiments import class_labels, measure
 
@@ -36,7 +37,7 @@ def test_it_loads_by_name_as_a_flow_of_eight_channels_with_named_classes(pipe):
 def test_what_is_bundled_is_what_its_subject_says(subject):
     pipe = vqlib.load(subject.model)
     assert pipe.class_names == subject.classes
-    assert dict(pipe.transformer.config) | dict(subject.build_transformer().config) == dict(pipe.transformer.config)
+    assert Geometry.of(pipe.transformer.config) == Geometry.of(subject.build_transformer().config)
     assert pipe.vae.config.in_channels == subject.channels and pipe.vae.config.latent_channels == subject.latents
     assert reference_of(pipe.name) == subject.reference and reference_of(str(DATA / pipe.name)) == subject.reference
     assert load_reference(subject.reference).extractor == subject.extractor

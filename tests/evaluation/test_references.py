@@ -156,7 +156,7 @@ def test_a_damaged_adm_reference_is_named(tmp_path, damage):
         ({"features": torch.full((5, 128), float("inf"))}, "features contains NaN or infinity"),
         ({"features": torch.zeros(5, 64)}, r"features has shape \[64\]"),
         ({"spatial_mean": torch.zeros(7)}, r"spatial_covariance has shape None, .* needs \[7, 7\]"),
-        ({"extractor": "vgg"}, "extractor 'vgg' is not one of fashion, inception"),
+        ({"extractor": "vgg"}, "extractor 'vgg' is not one of fashion, emoji, inception"),
     ],
 )
 def test_statistics_that_cannot_be_of_this_extractor_are_refused_however_they_come(change, message):

@@ -16,7 +16,14 @@ TEXT_TO_IMAGE = {"pixart-sigma-xl-1024": 20, "sd3.5-medium": 40, "flux.1-dev": 2
 def test_every_preset_has_the_papers_calibration_and_its_own_name():
     assert list(PRESETS) == [
         f"{model}-w{bits}"
-        for model in ("dit-xl-2-256", "dit-xl-2-512", "dit-mini-fashion", "sit-xl-2-256", *TEXT_TO_IMAGE)
+        for model in (
+            "dit-xl-2-256",
+            "dit-xl-2-512",
+            "dit-mini-fashion",
+            "sit-mini-emoji",
+            "sit-xl-2-256",
+            *TEXT_TO_IMAGE,
+        )
         for bits in (2, 3, 4)
     ]
     for name, job in PRESETS.items():
