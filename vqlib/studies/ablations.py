@@ -58,7 +58,7 @@ class Ablation:
 
     def task(self, setting: Setting, seed: int) -> Evaluated:
         """A row, found by method, model and conditions."""
-        made = Made(self._how, setting.method(seed))
+        made = Made(self.how, setting.method(seed))
         label = f"{setting.group}: {setting.name}, seed {seed}"
         return Evaluated(made, self.images, self.sampling, label=label)
 
@@ -86,7 +86,8 @@ class Ablation:
         return pd.DataFrame(rows, columns=["group", "setting", "seed", "fd"] if not rows else None)
 
     @cached_property
-    def _how(self) -> Measuring:
+    def how(self) -> Measuring:
+        """What all rows share: model, reference, device."""
         device = self.device or device_label(self.pipe.device)
         return Measuring.of(self.pipe, self.reference or reference_of(self.pipe.name), device=device)
 

@@ -120,7 +120,7 @@ class Compared:
     @classmethod
     def of(cls, study: Ablation, rows: Mapping[str, Choice], seeds: Mapping[str, Iterable[int]], resamples: int = 200):
         """By rows' names and their seeds. The distance is computed from the kept features of the study's images."""
-        reference = load_reference(study.reference)
+        reference = load_reference(study.how.reference)
         distances, found = {}, {}
         for name, row in rows.items():
             own = [study.features(row, seed) for seed in seeds[name]]
@@ -142,13 +142,14 @@ class Compared:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m vqlib.studies.few_bits", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=BUNDLED, help="a bundled one, which has a reference of its own")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, nargs="+", help="their places in the list; all unless given")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    study = Ablation(pipeline.load(BUNDLED, device="auto"), options.folder, options.images)
+    study = Ablation(pipeline.load(options.model, device="auto"), options.folder, options.images)
     rows = choices() if options.rows is None else [choices()[i] for i in options.rows]
     wanted = [study.task(row, seed) for row in rows for seed in (options.seeds if row.last else options.seeds[:1])]
     for progress in run(options.folder, wanted, engine(workers=options.workers)):
