@@ -23,7 +23,7 @@ from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration, calibrate
 from vqlib.config import PRODUCTS, CalibrationConfig, VQConfig
-from vqlib.models import dit, pipeline
+from vqlib.models import class_conditional, pipeline, structure
 from vqlib.models.geometry import Geometry
 from vqlib.quantizer.quantize import quantize
 from vqlib.studies.estimate import estimate
@@ -55,10 +55,12 @@ def floor(run: Calibration) -> tuple[float, float]:
             value.requires_grad_(False).grad = None
 
     inputs = run.trajectory.inputs()
-    handles = [block.register_forward_hook(follow, with_kwargs=True) for block in dit.block_list(run.pipe.transformer)]
+    handles = [
+        block.register_forward_hook(follow, with_kwargs=True) for block in structure.block_list(run.pipe.transformer)
+    ]
     started = clocks()
-    with torch.no_grad(), dit.precision(run.config.products, run.pipe.transformer), run.embedder.working():
-        dit.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+    with torch.no_grad(), structure.precision(run.config.products, run.pipe.transformer), run.embedder.working():
+        class_conditional.forward(run.pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     wait(run.trajectory.device)
     for handle in handles:
         handle.remove()
@@ -98,7 +100,7 @@ def main() -> None:
     pipe = (
         seeded_pipeline(Geometry(depth=options.blocks), device) if seeded else pipeline.load(options.model).to(device)
     )
-    blocks = len(dit.block_list(pipe.transformer))
+    blocks = len(structure.block_list(pipe.transformer))
     if options.estimate:
         changes = {f"calibration.{name}": value for name, value in config.to_dict().items()}
         job = preset("dit-xl-2-256-w2").with_settings(changes | {"vq.kmeans_iterations": 1, "images": 0})

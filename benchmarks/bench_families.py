@@ -17,7 +17,7 @@ from machine import add_options, device_name, report, versions
 
 import vqlib
 from vqlib.config import RECIPES
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.flow import FlowMatching
 from vqlib.models.pipeline import Pipeline, device_of
 from vqlib.studies.presets import preset
@@ -31,7 +31,7 @@ def measured(options: argparse.Namespace, model: str) -> dict:
     shape = job.geometry.first(options.blocks)
     torch.manual_seed(0)
     with device:
-        transformer = dit.with_fast_products(shape.build().eval().requires_grad_(False))
+        transformer = structure.with_fast_products(shape.build().eval().requires_grad_(False))
     pipe = Pipeline(model, transformer, None, FlowMatching(), ("a prompt",), shape.denoiser())
     settings = recipe.run(job.calibration, batch_size=options.batch, steps=2, iterations=options.iterations)
     vq = recipe.codes(job.vq, kmeans_iterations=options.kmeans)
@@ -39,8 +39,8 @@ def measured(options: argparse.Namespace, model: str) -> dict:
     run = vqlib.calibrate(pipe, vqlib.quantize(transformer, vq, hessians=hessians), settings)
     records = list(run)
     blocks, count = (
-        len(dit.block_list(transformer)),
-        sum(x.weight.numel() for x in dit.quantizable(transformer).values()),
+        len(structure.block_list(transformer)),
+        sum(x.weight.numel() for x in structure.quantizable(transformer).values()),
     )
     row = {"model": model, "blocks": f"{blocks} of {job.geometry.depth}", "width": shape.hidden, "tokens": shape.tokens}
     row |= {"weights, million": count / 1e6, "batch": options.batch, "seconds a step": records[-1].seconds}

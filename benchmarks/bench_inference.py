@@ -27,7 +27,7 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.geometry import Geometry
 from vqlib.models.modulation import cached_modulation
@@ -51,12 +51,12 @@ def random_dit(blocks: int, packed: bool, seed: int = 0) -> DiTTransformer2DMode
     with init_empty_weights(include_buffers=False):
         model = DiTTransformer2DModel(**XL.config(blocks)).eval().requires_grad_(False)
     if packed:
-        for name, layer in dit.quantizable(model).items():
+        for name, layer in structure.quantizable(model).items():
             hard = vqlib.VQLinear(layer.in_features, layer.out_features, True, D, K)
             hard.codes.random_(generator=generator)
             hard.codebook.normal_(std=0.02, generator=generator)
             hard.bias.normal_(std=0.02, generator=generator)
-            dit.swap(model, name, hard)
+            structure.swap(model, name, hard)
     first = model.transformer_blocks[0].norm1.emb
     for parent in model.modules():
         for name, parameter in parent._parameters.items():
@@ -146,7 +146,7 @@ def forwards(packed: nn.Module, folder: Path, batches: list[int], classes: int, 
     """Guided forwards in every mode against the same weights in dense layers; a batch of b images is 2b rows."""
     vqlib.save(packed, folder)
     dense, rebuilt, kept, cached = (vqlib.load_transformer(folder) for _ in range(4))
-    dense = dit.with_fast_products(dense.dequantize().requires_grad_(False))
+    dense = structure.with_fast_products(dense.dequantize().requires_grad_(False))
     set_mode(kept, "speed")
     results = []
     for batch in batches:

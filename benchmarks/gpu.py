@@ -26,7 +26,7 @@ import vqlib
 from vqlib.calibrator.calibrate import Calibration
 from vqlib.config import SamplingConfig
 from vqlib.kernels.products import products_in
-from vqlib.models import dit
+from vqlib.models import class_conditional, structure
 from vqlib.models.geometry import Geometry
 from vqlib.packed.timing import compare
 from vqlib.quantizer.codebook import fit_codebook
@@ -81,7 +81,7 @@ class Proof:
         """k-means and error feedback of every layer of DiT-XL/2."""
         self.xl, _ = timed(lambda: seeded_pipeline(Geometry(depth=self.options.blocks), DEVICE))
         settings = vqlib.recipe("best", timestep_order="sequential", products="tf32")
-        vq, layers = vqlib.recipe_vq("best"), dit.quantizable(self.xl.transformer)
+        vq, layers = vqlib.recipe_vq("best"), structure.quantizable(self.xl.transformer)
         warm = next(iter(layers.values())).weight[:256].reshape(-1, vq.d)
         fit_codebook(warm, vq.k)  # compiles
         forget_peak(DEVICE)
@@ -167,7 +167,7 @@ class Proof:
 
             def call(model, x=x, where=where):
                 with torch.inference_mode():
-                    return dit.forward(model, x, *where)
+                    return class_conditional.forward(model, x, *where)
 
             for mode in ("memory", "speed"):
                 vqlib.set_mode(packed, mode)

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DiTTransformer2DModel
 
-from vqlib.models import dit, pipeline
+from vqlib.models import pipeline, structure
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.geometry import Geometry
 
@@ -24,11 +24,11 @@ def seeded_pipeline(geometry: Geometry, device: torch.device, seed: int = 0) -> 
     with torch.device(device):
         transformer = DiTTransformer2DModel(**geometry.config()).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
-    for layer in dit.quantizable(transformer).values():
+    for layer in structure.quantizable(transformer).values():
         layer.weight.copy_(weight(*layer.weight.shape, generator))
     first, *rest = (block.norm1.emb for block in transformer.transformer_blocks)
     for embedder in rest:  # a DiT has one, of which diffusers keeps a copy in every block
         embedder.load_state_dict(first.state_dict())
     names = tuple(map(str, range(geometry.classes)))
-    transformer = dit.with_fast_products(transformer)
+    transformer = structure.with_fast_products(transformer)
     return pipeline.Pipeline("seeded", transformer, None, NoiseSchedule.linear(), names)

@@ -24,7 +24,7 @@ import vqlib  # noqa: F401, first: diffusers beside a CPU build of torch
 from diffusers import DiTTransformer2DModel
 
 from vqlib import CheckpointError, VQLinear, load_transformer, save
-from vqlib.models.dit import quantizable, swap
+from vqlib.models.structure import quantizable, swap
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 

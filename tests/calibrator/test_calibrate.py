@@ -10,7 +10,7 @@ from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import VQConfig, recipe
 from vqlib.kernels import reference
-from vqlib.models import dit
+from vqlib.models import class_conditional, structure
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.quantize import quantize
@@ -57,10 +57,10 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     def teacher(inputs, keep=None):
         handles = [
             b.register_forward_hook(lambda m, a, k, out: keep.append((a, k, out)), with_kwargs=True)
-            for b in dit.block_list(pipe.transformer)
+            for b in structure.block_list(pipe.transformer)
             if keep is not None
         ]
-        output = dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+        output = class_conditional.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
         for handle in handles:
             handle.remove()
         return output
@@ -70,7 +70,7 @@ def test_streaming_equals_a_plain_loop_over_the_whole_model(reduction, size):
     for _ in range(SETTINGS.iterations):
         seen = []
         output = teacher(trajectory.inputs(), seen)
-        blocks = dit.block_list(twin)
+        blocks = structure.block_list(twin)
         per_block = [(b(*a, **k) - out).pow(2).mean() for b, (a, k, out) in zip(blocks, seen, strict=True)]
         loss = size * sum(per_block) + sum(reference.ratio_loss("absolute", m.logits) for m in soft)
         optimizer.zero_grad()
@@ -247,7 +247,7 @@ def test_a_layer_with_nothing_left_to_choose_costs_no_more_than_its_codebook_and
 def test_products_in_half_precision_train_float32_codebooks_to_nearly_the_same_loss():
     def losses(products):
         pipe, student = prepared()
-        pipe = pipe.with_transformer(dit.with_fast_products(pipe.transformer))
+        pipe = pipe.with_transformer(structure.with_fast_products(pipe.transformer))
         run = calibrate(pipe, student, SETTINGS.replace(products=products))
         found = [record.loss for record in run]
         assert all(p.dtype == torch.float32 for p in student.parameters())

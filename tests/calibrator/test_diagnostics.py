@@ -11,7 +11,7 @@ from vqlib.calibrator import diagnostics
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import class_conditional, structure
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear
@@ -55,29 +55,29 @@ def test_agreement_refuses_what_does_not_fit():
 def plain_gradients(pipe, model):
     """The slow twin: every weight of the packed model as a dense parameter, block inputs collected first."""
     dense = copy.deepcopy(model)
-    for name in dit.quantizable(pipe.transformer):
+    for name in structure.quantizable(pipe.transformer):
         packed = model.get_submodule(name)
         linear = torch.nn.Linear(packed.in_features, packed.out_features)
         linear.weight, linear.bias = (
             torch.nn.Parameter(packed.weight().detach().clone()),
             torch.nn.Parameter(packed.bias),
         )
-        dit.swap(dense, name, linear)
+        structure.swap(dense, name, linear)
     trajectory, seen = Trajectory(pipe, SETTINGS), []
 
     def teacher(inputs):
         with torch.no_grad():
-            return dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+            return class_conditional.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
 
     trajectory.stagger(teacher)
-    for block in dit.block_list(pipe.transformer):
+    for block in structure.block_list(pipe.transformer):
         block.register_forward_hook(lambda m, a, k, out: seen.append((a, k, out)), with_kwargs=True)
     for _ in range(2):
         trajectory.advance(teacher(trajectory.inputs()))
-    blocks = dit.block_list(dense)
+    blocks = structure.block_list(dense)
     for i, (args, kwargs, out) in enumerate(seen):
         ((blocks[i % len(blocks)](*args, **kwargs) - out).pow(2).mean() / 2).backward()
-    return {name: split(layer.weight.grad, 4, name) for name, layer in dit.quantizable(dense).items()}
+    return {name: split(layer.weight.grad, 4, name) for name, layer in structure.quantizable(dense).items()}
 
 
 @pytest.mark.parametrize("form", [harden, lambda student: student], ids=["packed", "soft"])
@@ -104,13 +104,15 @@ def test_a_codewords_gradient_is_the_sum_over_its_subvectors():
     layer = student.get_submodule(name)
     layer.codebook.requires_grad_(True)
     trajectory = Trajectory(pipe, SETTINGS)
-    trajectory.stagger(lambda inputs: dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels))
+    trajectory.stagger(
+        lambda inputs: class_conditional.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+    )
     inputs, seen = trajectory.inputs(), []
-    block = dit.block_list(pipe.transformer)[1]
+    block = structure.block_list(pipe.transformer)[1]
     block.register_forward_hook(lambda m, a, k, out: seen.append((a, k, out)), with_kwargs=True)
-    dit.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
+    class_conditional.forward(pipe.transformer, inputs.x, inputs.timestep, inputs.labels)
     (args, kwargs, out), *_ = seen
-    (dit.block_list(student)[1](*args, **kwargs) - out).pow(2).mean().backward()
+    (structure.block_list(student)[1](*args, **kwargs) - out).pow(2).mean().backward()
     sums = torch.zeros_like(layer.codebook).index_add_(0, assignments[name], gradients[name])
     assert torch.allclose(sums, layer.codebook.grad, atol=1e-4 * sums.abs().max().item())
 
@@ -161,7 +163,7 @@ def test_winner_positions_count_from_the_nearest():
     found = diagnostics.winner_positions(student).set_index(["layer", "position"])
     assert found.loc[name, "count"].to_dict() == {1: len(layer.logits) - 64, 2: 0, 3: 64}
     assert found.loc[name, "share"].sum() == pytest.approx(1.0)
-    assert len(found) == 3 * len(dit.quantizable(tiny.transformer()))
+    assert len(found) == 3 * len(structure.quantizable(tiny.transformer()))
 
 
 def test_candidate_distances_by_hand():

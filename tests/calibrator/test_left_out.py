@@ -7,7 +7,7 @@ import torch
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.distill import distill
 from vqlib.config import VQConfig, recipe, recipe_distillation
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.geometry import MIB, Geometry
 from vqlib.packed.checkpoint import load_transformer, save, size_report
 from vqlib.packed.layer import VQLinear
@@ -19,7 +19,7 @@ SHORT = {"iterations": 4, "batch_size": 2, "steps": 3}
 
 def test_the_whole_chain_leaves_them_as_they_are(tmp_path):
     pipe = tiny.pipeline()
-    dense = dit.quantizable(pipe.transformer)
+    dense = structure.quantizable(pipe.transformer)
     left = {name for name in dense if name.endswith("to_k") or name.startswith("transformer_blocks.1.")}
     calibration = calibrate(pipe, quantize(pipe.transformer, CODES), recipe("paper", **SHORT), out=tmp_path / "run")
     records = list(calibration)
@@ -36,7 +36,7 @@ def test_the_whole_chain_leaves_them_as_they_are(tmp_path):
 def test_stored_bits_count_them_at_sixteen():
     pipe = tiny.pipeline()
     packed = calibrate(pipe, quantize(pipe.transformer, CODES), recipe("paper", **SHORT)).finish()
-    table, dense = size_report(packed).set_index("layer"), dit.quantizable(pipe.transformer)
+    table, dense = size_report(packed).set_index("layer"), structure.quantizable(pipe.transformer)
     weights = {name: layer.weight.numel() for name, layer in dense.items()}
     bits = sum(table.loc[name, "bits_per_weight"] * count for name, count in weights.items()) / sum(weights.values())
     assert table.loc["transformer_blocks.0.attn1.to_k", "bits_per_weight"] == 16.0

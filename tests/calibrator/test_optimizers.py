@@ -6,7 +6,7 @@ import torch
 
 from vqlib.calibrator.block import block_steps
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.quantizer.quantize import quantize
 
 LOSS = torch.tensor(0.5)  # what the gradients belong to; only whether it is finite counts
@@ -34,7 +34,7 @@ def optimizers_of(student, config):
 def test_a_block_is_stepped_alone_and_its_gradients_are_dropped():
     student, optimizers, trained = prepared()
     before = [p.detach().clone() for p in trained]
-    own = set(dit.block_list(student)[1].parameters())
+    own = set(structure.block_list(student)[1].parameters())
     optimizers[1].step(1, LOSS)
     for old, parameter in zip(before, trained, strict=True):
         assert torch.equal(old, parameter) is (parameter not in own)

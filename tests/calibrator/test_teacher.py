@@ -10,7 +10,7 @@ from test_calibrate import GEOMETRY, SETTINGS, prepared
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.teacher import following
-from vqlib.models import dit
+from vqlib.models import class_conditional, structure
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import quantize
@@ -24,9 +24,11 @@ def test_a_compiled_teacher_is_followed_block_by_block(inputs, part):
     pipe, student = prepared()
     plain = [record.block_losses for record in calibrate(pipe, student, settings)]
     pipe, student = prepared()
-    for module in [pipe.transformer] if part == "whole" else dit.block_list(pipe.transformer):
+    for module in [pipe.transformer] if part == "whole" else structure.block_list(pipe.transformer):
         module.compile(backend="eager")
-    dit.forward(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    class_conditional.forward(
+        pipe.transformer, torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    )
     assert [record.block_losses for record in calibrate(pipe, student, settings)] == plain
     hessians = input_hessians(pipe, settings, batches=1)
     assert all(
@@ -81,4 +83,4 @@ def test_a_teacher_in_half_precision_calibrates_float32_codebooks_and_biases(dty
     assert all(math.isfinite(loss) for loss in losses)
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     x = torch.zeros(4, 4, 8, 8, dtype=dtype)
-    assert dit.forward(harden(student), x, torch.zeros(4), torch.arange(4)).isfinite().all()
+    assert class_conditional.forward(harden(student), x, torch.zeros(4), torch.arange(4)).isfinite().all()

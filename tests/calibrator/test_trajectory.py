@@ -4,7 +4,7 @@ import torch
 
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
-from vqlib.models.dit import forward
+from vqlib.models.class_conditional import forward
 from vqlib.models.sampling import SamplingConfig, sample
 
 CONFIG = CalibrationConfig(batch_size=4, steps=8, timestep_order="sequential")

@@ -11,7 +11,7 @@ from vqlib.calibrator import diagnostics
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import SamplingConfig, VQConfig, recipe
-from vqlib.models import dit, sampling
+from vqlib.models import class_conditional, sampling, structure
 from vqlib.models.modulation import cached_modulation
 from vqlib.packed.harden import harden
 from vqlib.packed.layer import VQLinear
@@ -92,7 +92,7 @@ def test_a_calibration_step_waits_once_and_launches_little(
 def test_second_moments_and_error_feedback_stay_on_the_device(models, gpu, back_end):
     pipe, _ = models()
     hessians = input_hessians(pipe, recipe("best", **SETTINGS), batches=2)
-    name, layer = next(iter(dit.quantizable(pipe.transformer).items()))
+    name, layer = next(iter(structure.quantizable(pipe.transformer).items()))
     codewords = torch.randn(16, 4, device=NAME)
     before = gpu.waits.total()
     columns = Columns.of(hessians[name], 4)
@@ -107,7 +107,7 @@ def test_codebooks_are_found_on_the_device(models, gpu, back_end, monkeypatch):
     monkeypatch.setattr(codebook, "_draws", codebook._draws.__wrapped__)  # no fake tensors in a cache
     monkeypatch.setattr(lloyd, "_iterations", four_passes)
     pipe, _ = models()
-    layers = dit.quantizable(pipe.transformer)
+    layers = structure.quantizable(pipe.transformer)
     groups, sizes = {name: {name: layer} for name, layer in layers.items()}, {m.weight.numel() for m in layers.values()}
     before = gpu.waits.total(), gpu.copies.total()
     books = dict(codebooks(groups, VQConfig(k=16, d=4)))
@@ -163,7 +163,7 @@ def test_a_forward_with_cached_modulations_waits_once(models, gpu, back_end):
     with cached_modulation(pipe.transformer), torch.no_grad():
         for _ in range(2):  # filled, then answered
             waits, copies = gpu.waits.total(), gpu.copies.total()
-            dit.forward(pipe.transformer, x, at, labels)
+            class_conditional.forward(pipe.transformer, x, at, labels)
             assert gpu.waits.total() == waits + 1 and gpu.copies.total() == copies
 
 
@@ -174,7 +174,7 @@ def test_fresh_losses_wait_once_for_all_blocks(models, gpu, back_end):
         before = gpu.waits["tolist"] + gpu.waits["_local_scalar_dense"]
         found = diagnostics.fresh_losses(pipe, student, recipe("best", **SETTINGS), batches)
         waits.append(gpu.waits["tolist"] + gpu.waits["_local_scalar_dense"] - before)
-        assert len(found) == len(dit.block_list(student))
+        assert len(found) == len(structure.block_list(student))
     assert waits[1] - waits[0] <= 1  # of the trajectory, which looks at its output
 
 

@@ -7,7 +7,7 @@ import torch
 import vqlib
 from vqlib.calibrator.losses import block_loss, distance_weight
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
-from vqlib.models import dit, flux
+from vqlib.models import flux, structure
 from vqlib.models.denoiser import handed_on
 from vqlib.models.prompts import Prompts
 
@@ -40,7 +40,7 @@ def test_the_whole_chain(pipe, tmp_path):
     assert second.iteration == 2
     packed, resumed = whole.finish(), second.finish()
     assert equal(packed, resumed)
-    layers = dit.quantizable(pipe.transformer)
+    layers = structure.quantizable(pipe.transformer)
     assert {n for n, m in packed.named_modules() if isinstance(m, vqlib.VQLinear)} == set(layers)
     loaded = vqlib.load_transformer(vqlib.save(packed, tmp_path / "packed"))
     assert equal(packed, loaded) and type(loaded) is type(pipe.transformer)
@@ -56,7 +56,7 @@ def test_the_whole_chain(pipe, tmp_path):
 )
 def test_other_ways_to_calibrate_know_all_streams(pipe, changes):
     records = list(calibrated(pipe, RUN.replace(iterations=2, **changes)))
-    depth = len(dit.block_list(pipe.transformer))
+    depth = len(structure.block_list(pipe.transformer))
     assert all(len(record.block_losses) == depth and min(record.block_losses) > 0 for record in records)
 
 
@@ -81,7 +81,7 @@ def test_several_streams_are_compared_as_one_row_of_values():
 
 def test_second_moments_are_found_for_every_layer(pipe):
     hessians = vqlib.input_hessians(pipe, RUN, batches=2)
-    layers = dit.quantizable(pipe.transformer)
+    layers = structure.quantizable(pipe.transformer)
     assert hessians.keys() == layers.keys()
     assert all(hessians[n].shape == (m.in_features,) * 2 and hessians[n].trace() > 0 for n, m in layers.items())
 

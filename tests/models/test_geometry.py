@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from vqlib.config import VQConfig
-from vqlib.models import dit, pipeline
+from vqlib.models import class_conditional, pipeline, structure
 from vqlib.models.geometry import MIB, Geometry
 from vqlib.packed.checkpoint import size_report
 from vqlib.packed.harden import harden
@@ -52,7 +52,7 @@ def test_a_geometry_follows_from_a_config_and_gives_it_back():
     model = tiny.transformer(blocks=3)
     geometry = Geometry.of(model.config)
     assert sum(p.numel() for p in model.parameters()) == geometry.parameters_in_memory
-    found = {name: (m.out_features, m.in_features) for name, m in dit.quantizable(model).items()}
+    found = {name: (m.out_features, m.in_features) for name, m in structure.quantizable(model).items()}
     assert [found[f"transformer_blocks.2.{name}"] for name in geometry.linears()] == list(geometry.linears().values())
     with torch.device("meta"):
         again = DiTTransformer2DModel(**geometry.config(depth=1))
@@ -64,7 +64,7 @@ def test_operations_are_those_of_the_linears_and_of_attention():
     blocks = {m for b in model.transformer_blocks for n, m in b.named_modules() if not n.startswith("norm1.emb")}
     for module in (m for m in model.modules() if isinstance(m, nn.Linear) and m in blocks):
         module.register_forward_hook(lambda m, a, out: counted.append(2 * out.numel() * m.in_features))
-    dit.forward(model, torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]))
+    class_conditional.forward(model, torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]))
     geometry = Geometry.of(model.config)
     attention = 2 * 3 * 2 * 2 * geometry.tokens**2 * geometry.hidden  # q·k and a·v, 3 rows, 2 blocks
     assert geometry.flops(rows=3) == sum(counted) + attention

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import vqlib
-from vqlib.models import dit, original
+from vqlib.models import class_conditional, original
 from vqlib.models.flow import FlowMatching
 
 
@@ -50,7 +50,7 @@ def pipeline_folder(tmp_path):
 def test_both_formats_of_one_model_give_the_same_outputs(file, pipeline_folder):
     folder, single = vqlib.load(pipeline_folder), vqlib.load(file(state_dict(transformer())), vae=pipeline_folder)
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10])
-    outputs = [dit.forward(pipe.transformer, x, t, y) for pipe in (folder, single)]
+    outputs = [class_conditional.forward(pipe.transformer, x, t, y) for pipe in (folder, single)]
     assert torch.equal(*outputs)
     assert single.latent_shape == folder.latent_shape and single.null_class == folder.null_class == 10
     assert torch.equal(single.schedule.betas, folder.schedule.betas)
@@ -64,7 +64,7 @@ def test_the_same_file_is_a_sit_where_that_is_said(file, pipeline_folder):
     weights = file(state_dict(transformer()))
     pipe = vqlib.load(weights, vae=pipeline_folder, family="sit")
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([250.0, 500.0, 1000.0]), torch.tensor([0, 9, 10])
-    expected = -dit.forward(pipe.transformer, x, torch.tensor([0.75, 0.5, 0.0]), y)[:, :4]
+    expected = -class_conditional.forward(pipe.transformer, x, torch.tensor([0.75, 0.5, 0.0]), y)[:, :4]
     torch.testing.assert_close(pipe.output(x, t, y, 1.0), expected)
     assert isinstance(pipe.schedule, FlowMatching) and pipe.schedule.shift == 1.0
     with pytest.raises(ValueError, match="family 'uvit' is not one of dit, sit"):

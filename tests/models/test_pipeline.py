@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 
 import vqlib
-from vqlib.models import dit, pipeline
+from vqlib.models import class_conditional, pipeline, structure
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def test_a_diffusers_folder_loads_with_schedule_and_classes(folder):
     assert pipe.latent_shape == (4, 8, 8) and pipe.null_class == 10 and pipe.class_names[3] == "class 3"
     assert len(pipe.schedule) == 1000 and pipe.schedule.betas[-1].item() == pytest.approx(0.02)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 10])
-    expected = dit.forward(tiny.transformer(), x, t, y)
-    torch.testing.assert_close(dit.forward(pipe.transformer, x, t, y), expected, rtol=1e-5, atol=1e-6)
+    expected = class_conditional.forward(tiny.transformer(), x, t, y)
+    torch.testing.assert_close(class_conditional.forward(pipe.transformer, x, t, y), expected, rtol=1e-5, atol=1e-6)
     assert pipe.decode(torch.zeros(2, 4, 8, 8)).shape == (2, 1, 32, 32)
 
 
@@ -47,8 +47,8 @@ def test_an_unknown_name_is_refused_without_asking_the_network():
 
 def test_blocks_and_their_linears_are_listed_in_forward_order():
     transformer = tiny.transformer(blocks=3)
-    assert dit.block_list(transformer) == list(transformer.transformer_blocks)
-    names = list(dit.quantizable(transformer))
+    assert structure.block_list(transformer) == list(transformer.transformer_blocks)
+    names = list(structure.quantizable(transformer))
     assert len(names) == 21
     assert names[0] == "transformer_blocks.0.norm1.linear" and names[-1] == "transformer_blocks.2.ff.net.2"
 
@@ -56,10 +56,10 @@ def test_blocks_and_their_linears_are_listed_in_forward_order():
 def test_swap_replaces_one_layer_and_refuses_a_name_that_is_not_there():
     transformer = tiny.transformer()
     new = torch.nn.Identity()
-    dit.swap(transformer, "transformer_blocks.1.attn1.to_q", new)
+    structure.swap(transformer, "transformer_blocks.1.attn1.to_q", new)
     assert transformer.transformer_blocks[1].attn1.to_q is new
     with pytest.raises(AttributeError):
-        dit.swap(transformer, "transformer_blocks.1.attn1.to_x", new)
+        structure.swap(transformer, "transformer_blocks.1.attn1.to_x", new)
 
 
 def test_the_bundled_model_is_what_its_card_says():
@@ -222,10 +222,10 @@ def test_device_and_dtype_are_chosen_by_name(folder):
 def test_a_wrapped_model_has_the_blocks_and_linears_of_the_one_inside():
     transformer = tiny.transformer()
     for wrapped in (torch.compile(transformer), torch.nn.DataParallel(transformer)):
-        assert dit.block_list(wrapped) == dit.block_list(transformer)
-        assert dit.quantizable(wrapped) == dit.quantizable(transformer)
+        assert structure.block_list(wrapped) == structure.block_list(transformer)
+        assert structure.quantizable(wrapped) == structure.quantizable(transformer)
 
 
 def test_a_model_without_blocks_is_refused_by_its_class():
     with pytest.raises(ValueError, match="AutoencoderKL has no linear layer in a list of blocks"):
-        dit.quantizable(tiny.vae())
+        structure.quantizable(tiny.vae())

@@ -4,7 +4,7 @@ import torch
 
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.packed.harden import harden, reconstruction_error
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer import codebook
@@ -18,9 +18,9 @@ def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
     transformer = tiny.transformer()
     student = quantize(transformer, CONFIG)
     soft = {name for name, m in student.named_modules() if isinstance(m, CandidateLinear)}
-    assert soft == set(dit.quantizable(transformer))
+    assert soft == set(structure.quantizable(transformer))
     assert len(soft) == 2 * 7 and not any("norm1.emb" in name for name in soft)
-    assert all(isinstance(m, torch.nn.Linear) for m in dit.quantizable(transformer).values()), (
+    assert all(isinstance(m, torch.nn.Linear) for m in structure.quantizable(transformer).values()), (
         "the original was changed"
     )
 
@@ -28,7 +28,7 @@ def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
 def test_hardening_at_the_start_takes_the_nearest_codeword():
     transformer = tiny.transformer()
     packed = harden(quantize(transformer, CONFIG.replace(candidates=1), seed=3))
-    name, layer = next(iter(dit.quantizable(transformer).items()))
+    name, layer = next(iter(structure.quantizable(transformer).items()))
     hard = packed.get_submodule(name)
     distances = torch.cdist(layer.weight.reshape(-1, 4), hard.codebook)
     assert torch.equal(hard.assignments(), distances.argmin(1))
@@ -38,7 +38,7 @@ def test_hardening_at_the_start_takes_the_nearest_codeword():
 def test_same_seed_same_codes_other_seed_other_codebook():
     transformer = tiny.transformer()
     a, b, c = (quantize(transformer, CONFIG, seed=seed) for seed in (1, 1, 2))
-    name = next(iter(dit.quantizable(transformer)))
+    name = next(iter(structure.quantizable(transformer)))
     assert torch.equal(a.get_submodule(name).codebook, b.get_submodule(name).codebook)
     assert not torch.equal(a.get_submodule(name).codebook, c.get_submodule(name).codebook)
 
@@ -110,7 +110,7 @@ def test_what_is_quantized_already_is_refused():
     config = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=2)
     student = quantize(tiny.transformer(), config)
     partly = tiny.transformer()
-    dit.swap(partly, "transformer_blocks.1.attn1.to_q", harden(student).transformer_blocks[1].attn1.to_q)
+    structure.swap(partly, "transformer_blocks.1.attn1.to_q", harden(student).transformer_blocks[1].attn1.to_q)
     for model, count in ((student, 14), (harden(student), 14), (partly, 1)):
         with pytest.raises(ValueError, match=f"^{count} layers are quantized already, transformer_blocks"):
             quantize(model, config)

@@ -7,7 +7,7 @@ import torch
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.candidates import find_candidates
@@ -103,7 +103,7 @@ def test_inputs_that_are_always_zero_do_no_harm():
 
 
 def test_hessians_are_the_second_moments_of_what_the_layers_see(pipe, hessians):
-    layers = dit.quantizable(pipe.transformer)
+    layers = structure.quantizable(pipe.transformer)
     assert hessians.keys() == layers.keys()
     name = "transformer_blocks.1.ff.net.2"
     seen, again = [], tiny.pipeline()
@@ -117,7 +117,7 @@ def test_hessians_are_the_second_moments_of_what_the_layers_see(pipe, hessians):
 
 
 def output_error(pipe, model, hessians):
-    layers = dit.quantizable(pipe.transformer).items()
+    layers = structure.quantizable(pipe.transformer).items()
     return sum(weighted_error(layer.weight - _weight(model, name), hessians[name]) for name, layer in layers)
 
 
@@ -233,13 +233,13 @@ def test_sizes_count_everything_that_is_stored(pipe, hessians):
     assert whole.bits_per_weight == 32
     half = FullPrecision().build(pipe.with_transformer(tiny.transformer().half().float().requires_grad_(False)))
     assert half.bits_per_weight == 16 and half.size_bytes == pytest.approx(whole.size_bytes / 2, rel=0.01)
-    weights = sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
+    weights = sum(layer.weight.numel() for layer in structure.quantizable(pipe.transformer).values())
     found = GPTQ(4, None, MOMENTS).build(pipe)
-    groups = sum(layer.out_features for layer in dit.quantizable(pipe.transformer).values())
+    groups = sum(layer.out_features for layer in structure.quantizable(pipe.transformer).values())
     assert found.bits_per_weight == pytest.approx(4 + groups * 20 / weights)
     rest = half.size_bytes - 2 * weights  # everything else in half precision
     assert found.size_bytes == pytest.approx(rest + (4 * weights + 20 * groups) / 8, abs=2)
     codes = packed(harden(quantize(pipe.transformer, VQ, hessians=hessians)))
-    layers = len(dit.quantizable(pipe.transformer))
+    layers = len(structure.quantizable(pipe.transformer))
     assert codes.bits_per_weight == pytest.approx(3 / 4 + layers * 8 * 4 * 32 / weights)
     assert codes.size_bytes == pytest.approx(rest + weights * codes.bits_per_weight / 8, abs=2)

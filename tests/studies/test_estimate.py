@@ -9,7 +9,7 @@ import torch
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.blueprint import Blueprint
 from vqlib.models.geometry import Geometry
 from vqlib.packed.checkpoint import save
@@ -141,7 +141,7 @@ def test_probing_leaves_the_model_as_it_was():
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     estimate(pipe, JOB.with_settings({"vq.k": 16, "vq.d": 2}))
     assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
-    assert len(dit.block_list(pipe.transformer)) == 2 and VQConfig(k=16, d=2).bits == 2
+    assert len(structure.block_list(pipe.transformer)) == 2 and VQConfig(k=16, d=2).bits == 2
 
 
 def test_a_pipeline_without_a_vae_is_estimated_where_no_images_are_asked_for():
@@ -158,7 +158,7 @@ def test_other_families_are_estimated_with_and_without_weights(family):
     assert all(value > 0 for value in (*found.seconds.values(), *found.memory.values()))
     if family != "SiT":
         shape = Blueprint.of(pipe)
-        assert shape.weights == sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
+        assert shape.weights == sum(layer.weight.numel() for layer in structure.quantizable(pipe.transformer).values())
         alone = estimate(shape, job)
         assert alone.disk["calibration"] == pytest.approx(found.disk["calibration"], rel=0.01)
 
@@ -167,6 +167,6 @@ def test_a_probe_of_the_first_block_of_sd3_takes_the_weights_that_fit(monkeypatc
     monkeypatch.setattr(module, "PROBE_WEIGHTS", 1)
     pipe = families.sd3()
     probe = module._first_blocks(pipe, Blueprint.of(pipe), torch.device("cpu"))
-    assert len(dit.block_list(probe.transformer)) == 1
+    assert len(structure.block_list(probe.transformer)) == 1
     ours, theirs = (model.transformer_blocks[0].attn.to_q.weight for model in (probe.transformer, pipe.transformer))
     assert torch.equal(ours, theirs)

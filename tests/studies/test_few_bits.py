@@ -9,7 +9,7 @@ import torch
 
 from vqlib.config import CalibrationConfig, SamplingConfig, recipe_distillation
 from vqlib.evaluation.frechet import bootstrap_interval, frechet_from_statistics, interval, replicates
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.studies.ablations import Ablation
 from vqlib.studies.baselines.additive import Additive, learn, least_squares, search, total
@@ -45,18 +45,18 @@ def test_a_rival_is_nearer_to_the_weights_the_more_it_stores_and_nearer_to_the_o
     assert plain.bits_per_weight == trained.bits_per_weight and plain.seconds == 0.0 < trained.seconds
     changed = [
         n
-        for n, layer in dit.quantizable(trained.model).items()
+        for n, layer in structure.quantizable(trained.model).items()
         if not torch.equal(layer.weight, plain.model.get_submodule(n).weight)
     ]
-    assert len(changed) == len(dit.quantizable(pipe.transformer))
+    assert len(changed) == len(structure.quantizable(pipe.transformer))
     assert output_error(pipe, trained.model) < output_error(pipe, plain.model)
-    for name, layer in dit.quantizable(pipe.transformer).items():
+    for name, layer in structure.quantizable(pipe.transformer).items():
         left = (layer.weight - plain.model.get_submodule(name).weight).square().sum() / layer.weight.square().sum()
         assert left < 0.6, name
 
 
 def test_bits_of_rivals_are_what_their_parts_take(pipe):
-    layers = dit.quantizable(pipe.transformer).values()
+    layers = structure.quantizable(pipe.transformer).values()
     count, rows = sum(layer.weight.numel() for layer in layers), sum(layer.out_features for layer in layers)
     inputs = sum(layer.in_features for layer in layers)
     additive = Additive(UNTRAINED, k=16, d=8, books=2).build(pipe)
@@ -85,7 +85,7 @@ def test_lattice_codes_undo_their_rotations_and_train_their_gains(pipe, tmp_path
     assert torch.allclose(turn @ turn.T, torch.eye(12, dtype=torch.float64))
     few = tiny.pipeline(blocks=1)
     made = Lattice(TRAINED).build(few, tmp_path)
-    layers = dit.quantizable(few.transformer)
+    layers = structure.quantizable(few.transformer)
     for name, layer in layers.items():
         left = (layer.weight - made.model.get_submodule(name).weight).square().sum() / layer.weight.square().sum()
         assert left < 0.3, name

@@ -10,7 +10,7 @@ from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.calibrator.stages import Stage
 from vqlib.config import CalibrationConfig, VQConfig, recipe
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import soft_layers
 from vqlib.studies.pipelined import calibrate_in_stages, cut
@@ -84,8 +84,8 @@ def test_a_kill_between_blocks_and_trajectory_leaves_the_checkpoint_before(pipe,
 
 def test_no_stage_holds_the_linears_of_others(pipe):
     own = Stage(tiny.pipeline(blocks=BLOCKS), VQ, RUN, (1, 2), seed=3)
-    names = {name for name in dit.quantizable(pipe.transformer) if name.startswith("transformer_blocks.1.")}
-    assert set(soft_layers(own.models[1])) == set(dit.quantizable(own.pipe.transformer)) == names
+    names = {name for name in structure.quantizable(pipe.transformer) if name.startswith("transformer_blocks.1.")}
+    assert set(soft_layers(own.models[1])) == set(structure.quantizable(own.pipe.transformer)) == names
     codes = quantize(pipe.transformer, VQ, seed=3)
     for name, layer in soft_layers(codes).items():
         assert name not in names or torch.equal(layer.codebook, own.layers[name].codebook)
@@ -132,5 +132,5 @@ def test_blocks_are_cut_as_equally_as_can_be():
 def test_stages_hand_on_all_streams_of_a_family(family):
     pipe = family()
     config = RUN.replace(iterations=2, batch_size=3)
-    run = calibrate_in_stages(pipe, VQ, config, len(dit.block_list(pipe.transformer)), seed=3)
+    run = calibrate_in_stages(pipe, VQ, config, len(structure.block_list(pipe.transformer)), seed=3)
     assert (seen(run), fingerprint(run.finish())) == whole(pipe, config)

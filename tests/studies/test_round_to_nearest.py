@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.studies.baselines.gptq import fit_grid
 from vqlib.studies.baselines.round_to_nearest import RoundToNearest
 
@@ -16,12 +16,12 @@ def test_weights_take_few_levels_a_group_and_bits_are_as_stored(bits, group_size
     pipe = tiny.pipeline()
     found = RoundToNearest(bits, group_size).build(pipe)
     stored = 0
-    for name, layer in dit.quantizable(pipe.transformer).items():
+    for name, layer in structure.quantizable(pipe.transformer).items():
         weight = found.model.get_submodule(name).weight
         groups = weight.reshape(-1, group_size or layer.in_features)
         assert max(len(group.unique()) for group in groups) <= 2**bits and not torch.equal(weight, layer.weight)
         stored += bits * weight.numel() + (16 + bits) * len(groups)
-    weights = sum(layer.weight.numel() for layer in dit.quantizable(pipe.transformer).values())
+    weights = sum(layer.weight.numel() for layer in structure.quantizable(pipe.transformer).values())
     assert found.bits_per_weight == pytest.approx(stored / weights)
     assert torch.equal(found.model.proj_out_2.weight, pipe.transformer.proj_out_2.weight)
 

@@ -17,7 +17,7 @@ from vqlib.calibrator.freezing import freeze_rule
 from vqlib.calibrator.losses import add_ratio_gradients, backward, block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.config import CalibrationConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.denoiser import Output, detached
 from vqlib.quantizer.latent import LatentLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
@@ -162,7 +162,7 @@ class BlockStep:
 
 def block_steps(model: nn.Module, config: CalibrationConfig) -> tuple[list[BlockStep], BlockOptimizer]:
     """A step for every block, and the optimizer of what several blocks share, to be stepped after the last of them."""
-    blocks, names = dit.block_list(model), {module: name for name, module in model.named_modules()}
+    blocks, names = structure.block_list(model), {module: name for name, module in model.named_modules()}
     owners: dict[nn.Parameter, set[int]] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():

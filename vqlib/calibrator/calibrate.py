@@ -31,7 +31,7 @@ from vqlib.calibrator.teacher import (
 )
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.denoiser import Output, handed_on
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
@@ -60,7 +60,7 @@ class Calibration(Iterator[Record]):
 
     def __init__(self, pipe: Pipeline, model: nn.Module, config: CalibrationConfig, out: str | Path | None) -> None:
         keep_freed_memory()
-        model = dit.unwrapped(model)
+        model = structure.unwrapped(model)
         self.pipe, self.student, self.config = pipe, model, config
         self.layers = soft_layers(model)
         if not self.layers:
@@ -75,7 +75,7 @@ class Calibration(Iterator[Record]):
         self.folder = RunFolder(out, self._settings()) if out is not None else None
         try:
             if not self._resume():
-                with dit.precision(config.products, pipe.transformer):
+                with structure.precision(config.products, pipe.transformer):
                     self.trajectory.stagger(partial(teacher_output, pipe))
                 if self.folder:  # the start itself: made again, on another processor, it may differ in its last bits
                     self.folder.save(self._state(), 0)
@@ -138,7 +138,7 @@ class Calibration(Iterator[Record]):
         inputs = self.trajectory.inputs()
         moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
-        with dit.precision(self.config.products, self.pipe.transformer, self.student), self.embedder.working():
+        with structure.precision(self.config.products, self.pipe.transformer, self.student), self.embedder.working():
             passed = pass_through(inputs, moment)
         records, count = passed.records, len(passed.records)
         seen = [*(record.loss for record in records), *passed.distances]

@@ -17,7 +17,7 @@ from vqlib.calibrator.losses import block_loss
 from vqlib.calibrator.teacher import following, teacher_output
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
-from vqlib.models import dit, pipeline
+from vqlib.models import pipeline, structure
 from vqlib.models.denoiser import Output
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
@@ -58,7 +58,7 @@ def fresh_losses(
         seen.append(block_loss(student(*args, **kwargs), output))
 
     _walk(pipe, model, config, batches, add_loss)
-    losses, blocks = torch.stack(seen).tolist(), len(dit.block_list(model))  # the only wait of its own
+    losses, blocks = torch.stack(seen).tolist(), len(structure.block_list(model))  # the only wait of its own
     return [sum(loss / batches for loss in losses[index::blocks]) for index in range(blocks)]
 
 
@@ -131,7 +131,7 @@ def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig |
     keep_freed_memory()
     trajectory = Trajectory(pipe, config or CalibrationConfig())
     trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
-    blocks = dit.block_list(model)
+    blocks = structure.block_list(model)
 
     def follow(index: int, args: tuple, kwargs: dict, output: Output) -> None:
         visit(index, blocks[index], args, kwargs, output)

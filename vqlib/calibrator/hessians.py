@@ -12,7 +12,7 @@ from vqlib.calibrator.teacher import following, teacher_output
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.kernels.products import products_in
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 
 # Calibration steps; adaLN sees one row an image, 2048 at batch 16 with guidance, for DiT-XL/2's 1152 inputs.
@@ -29,8 +29,8 @@ def input_hessians(
     """
     require_batches(batches)
     config = config or CalibrationConfig()
-    trajectory, moments = Trajectory(pipe, config), SecondMoments(dit.quantizable(pipe.transformer))
-    with dit.precision(config.products, pipe.transformer):
+    trajectory, moments = Trajectory(pipe, config), SecondMoments(structure.quantizable(pipe.transformer))
+    with structure.precision(config.products, pipe.transformer):
         trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))
         with following(pipe.transformer, lambda *_: None), moments.gathering():
             for _ in range(batches):

@@ -22,7 +22,7 @@ from vqlib.calibrator.optimizers import prepare_parameters
 from vqlib.calibrator.teacher import following, require_finite, teacher_forward
 from vqlib.calibrator.trajectory import Inputs
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.denoiser import Output, compared
 from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
@@ -60,7 +60,7 @@ class Stage:
         require_independent(vq, config)
         keep_freed_memory()
         self.pipe, self.vq, self.config, self.seed, self.own = pipe, vq, config, seed, range(*blocks)
-        count = len(dit.block_list(pipe.transformer))
+        count = len(structure.block_list(pipe.transformer))
         if not 0 <= blocks[0] < blocks[1] <= count:
             raise ValueError(f"blocks {blocks[0]} … {blocks[1] - 1} are not among the {count} of {pipe.name}")
         self.last = blocks[1] == count
@@ -68,7 +68,7 @@ class Stage:
         self.models: tuple[nn.Module, ...] = (pipe.transformer,)
         self.embedder = SharedEmbedder(*self.models)
         self.seen: list[tuple[tuple, dict, Output]] = []
-        self.moments = SecondMoments(dit.quantizable(pipe.transformer)) if needs_moments(vq) else None
+        self.moments = SecondMoments(structure.quantizable(pipe.transformer)) if needs_moments(vq) else None
         if self.moments is None:
             self.quantize()
 
@@ -103,7 +103,7 @@ class Stage:
                 self.seen.append((args, kwargs, output))
                 self.passing.value = output
 
-        with dit.precision(self.config.products, *self.models), self.embedder.working():
+        with structure.precision(self.config.products, *self.models), self.embedder.working():
             with following(self.pipe.transformer, visit):
                 output = teacher_forward(self.pipe, inputs)
         given, self.passing.value = output if self.last else self.passing.value, None
@@ -114,7 +114,7 @@ class Stage:
         """One step of every own block's student on the batch that `forward` saw."""
         choosing = any(layer.logits is not None for layer in self.layers.values())
         moment = Moment(iteration, choosing and self.config.ratio_loss_when == "always", self._waiting())
-        with dit.precision(self.config.products, *self.models), self.embedder.working():
+        with structure.precision(self.config.products, *self.models), self.embedder.working():
             records = [
                 step.step((args, kwargs), output, moment)
                 for step, (args, kwargs, output) in zip(self.steps.values(), self.seen, strict=True)
@@ -196,11 +196,11 @@ class _Elsewhere(nn.Module):
 
 def _leave_to_others(transformer: nn.Module, own: range) -> _Passing:
     """Drop the linears of the other blocks, in place; all that is not quantized, embedders too, stays."""
-    passing, blocks = _Passing(), dit.block_list(transformer)
+    passing, blocks = _Passing(), structure.block_list(transformer)
     foreign = {module for index, block in enumerate(blocks) if index not in own for module in block.modules()}
-    for name, layer in dit.quantizable(transformer).items():
+    for name, layer in structure.quantizable(transformer).items():
         if layer in foreign:
-            dit.swap(transformer, name, _Elsewhere(layer.in_features))
+            structure.swap(transformer, name, _Elsewhere(layer.in_features))
     for index, block in enumerate(blocks):
         if index not in own:
             block.forward = passing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqlib.calibrator.trajectory import Inputs
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.denoiser import Output
 from vqlib.models.pipeline import Pipeline
 from vqlib.quantizer.soft import soft_layers
@@ -45,7 +45,7 @@ def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
     Compiled models run as they were written meanwhile, for a compiler leaves hooks out. Raises RuntimeError on leaving
     where one of the blocks was not seen, or seen more often than the others: nothing goes on over blocks that were missed.
     """
-    blocks = dit.block_list(transformer)
+    blocks = structure.block_list(transformer)
     seen = [0] * len(blocks)
 
     def hook(index: int):
@@ -83,7 +83,7 @@ def outputs_of(transformer: nn.Module, checkpointing: bool = False) -> Iterator[
 @contextmanager
 def _checkpointed(transformer: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
-        for block in dit.block_list(transformer):
+        for block in structure.block_list(transformer):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             stack.callback(delattr, block, "forward")
         yield
@@ -91,7 +91,7 @@ def _checkpointed(transformer: nn.Module) -> Iterator[None]:
 
 def require_counterpart(teacher: nn.Module, student: nn.Module) -> None:
     """Raises ValueError where `student` was not made from a model like `teacher`, or lies on another device."""
-    layers, quantized = soft_layers(student), dit.quantizable(teacher)
+    layers, quantized = soft_layers(student), structure.quantizable(teacher)
     for name in sorted(layers.keys() ^ quantized.keys()):
         has, lacks = ("student", "full-precision model") if name in layers else ("full-precision model", "student")
         if name in layers or not isinstance(student.get_submodule(name), nn.Linear):  # a layer left out is still there

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vqlib.calibrator.diagnostics import quantized_layers
 from vqlib.explore.view import Control, Picture, Settings, Task, View
 from vqlib.figures import codewords_plot
-from vqlib.models.dit import quantizable
+from vqlib.models.structure import quantizable
 from vqlib.packed.harden import harden_layer
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split

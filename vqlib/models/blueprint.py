@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vqlib.config import VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.denoiser import Denoiser
 from vqlib.models.families import FAMILIES, model_class
 from vqlib.models.flux import Flux
@@ -36,7 +36,7 @@ class Blueprint:
     @classmethod
     def of(cls, pipe: Pipeline) -> Blueprint:
         """Of the transformer of a text-to-image pipeline."""
-        transformer, prompts = dit.unwrapped(pipe.transformer), pipe.denoiser.prompts
+        transformer, prompts = structure.unwrapped(pipe.transformer), pipe.denoiser.prompts
         config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
         config.pop("quantization_config", None)
         return cls(type(transformer).__name__, config, pipe.latent_shape[1], prompts.tensors["prompt_embeds"].shape[1])
@@ -81,12 +81,12 @@ class Blueprint:
     @cached_property
     def layers(self) -> dict[str, nn.Linear]:
         """The linears of all blocks by name."""
-        return dit.quantizable(self.model)
+        return structure.quantizable(self.model)
 
     @property
     def depth(self) -> int:
         """How many blocks there are, of all kinds."""
-        return len(dit.block_list(self.model))
+        return len(structure.block_list(self.model))
 
     @property
     def weights(self) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqlib.models import dit
 from vqlib.models.denoiser import Denoiser
 
 GUIDED_CHANNELS = {4: 3}  # of so many channels, as both published samplers do; of any other number all of them
@@ -19,7 +18,7 @@ class DiT(Denoiser):
     def forward(
         self, transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float
     ) -> Tensor:
-        return dit.forward(transformer, x, timestep, labels)
+        return forward(transformer, x, timestep, labels)
 
     def guided_channels(self, channels: int) -> int:
         return GUIDED_CHANNELS.get(channels, channels)
@@ -56,8 +55,13 @@ class SiT(DiT):
     ) -> Tensor:
         if self.original:
             timestep = 1.0 - timestep / 1000
-        velocity = dit.forward(transformer, x, timestep, labels)
+        velocity = forward(transformer, x, timestep, labels)
         return torch.neg(velocity) if self.original else velocity
 
     def identity(self) -> dict[str, Any]:
         return {"family": "sit", "original": self.original}
+
+
+def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    """The transformer's output [R, C or 2C, h, w] for latents [R, C, h, w], model times [R] and class labels [R]."""
+    return transformer(x, timestep=timestep, class_labels=labels).sample

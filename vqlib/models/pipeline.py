@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
-from vqlib.models import dit, folder, original
+from vqlib.models import folder, original, structure
 from vqlib.models.class_conditional import DiT, SiT
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.denoiser import Denoiser
@@ -43,7 +43,7 @@ class Pipeline:
     denoiser: Denoiser | None = None  # how the transformer is driven; None: as its class is known
 
     def __post_init__(self) -> None:
-        transformer = dit.unwrapped(self.transformer)
+        transformer = structure.unwrapped(self.transformer)
         if self.denoiser is None:
             flow = isinstance(self.schedule, FlowMatching)
             object.__setattr__(self, "denoiser", denoiser_for(self.name, transformer, flow))
@@ -57,7 +57,7 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one latent."""
-        return self.denoiser.latent_shape(dit.unwrapped(self.transformer))
+        return self.denoiser.latent_shape(structure.unwrapped(self.transformer))
 
     def output(
         self, x: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float, model: nn.Module | None = None
@@ -160,7 +160,7 @@ def _load_folder(name: str | Path, prompts: Prompts | str | Path | Sequence[str]
     learned = _learns_variance(configs[0]) and family.encode is None
     process_of(source, scheduler, learned, 1, family.ends_at_minimum)  # refused before weights are read
     prompts = _prompts(source, family, prompts) if family.encode else None
-    transformer = dit.with_fast_products(folder.read_model(model_class(kind), source, "transformer"))
+    transformer = structure.with_fast_products(folder.read_model(model_class(kind), source, "transformer"))
     vae = folder.read_model(AutoencoderKL, source, "vae")
     if prompts is None:
         denoiser, names = family.denoiser(), folder.class_names(source, index, transformer.config.num_embeds_ada_norm)
@@ -193,7 +193,7 @@ def _prompts(source: str, family: Family, prompts: Prompts | str | Path | Sequen
 
 def _load_original(path: Path, vae: str | Path, family: str) -> Pipeline:
     """A pipeline around an original transformer: its family's own process, classes by number."""
-    transformer = dit.with_fast_products(original.read_transformer(path))
+    transformer = structure.with_fast_products(original.read_transformer(path))
     home = Path(vae).expanduser()
     subfolder = "vae" if (home / "vae" / "config.json").is_file() else None
     try:

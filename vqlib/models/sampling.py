@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqlib.config import SamplingConfig
 from vqlib.kernels.products import products_in
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.process import guide
 from vqlib.system.memory import keep_freed_memory, sent
@@ -146,7 +146,7 @@ class _Sampler:
             x = torch.cat([x, x])  # [B, C, h, w] -> [2B, C, h, w]
             label = torch.cat([label, torch.full_like(label, self.pipe.null_class)])  # [B] -> [2B]
         timestep, scale = self.timesteps[index].repeat(len(label)), self.config.guidance_scale
-        with dit.precision(self.config.products, self.pipe.transformer):
+        with structure.precision(self.config.products, self.pipe.transformer):
             output = self.pipe.output(x, timestep, label, scale)
         return guide(output, scale, self.channels) if self.guided else output
 

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from vqlib.config import VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.pipeline import device_of
 from vqlib.packed import container
 from vqlib.packed.diffusers_backend import Method, PackedConfig, VQQuantizer, packed_layers
@@ -63,7 +63,7 @@ def save(
     tensors to `storage`: what is in memory afterwards is what is on disk, and reloading gives bit-equal outputs. An
     existing checkpoint is replaced; FileExistsError where the folder holds anything else.
     """
-    model = dit.unwrapped(model)
+    model = structure.unwrapped(model)
     known = getattr(model, "hf_quantizer", None)
     scope = None
     if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true
@@ -111,7 +111,7 @@ def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
     stored, _ = container.encode(model.state_dict(), storage, "")
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
     rows = [_row(name, layer, sizes) for name, layer in layers.items()]
-    dense = dit.quantizable(model) if layers else {}
+    dense = structure.quantizable(model) if layers else {}
     rows += [_dense_row(name, layer, sizes) for name, layer in dense.items()]
     columns = ("codes_bytes", "codebook_bytes", "bias_bytes", "other_bytes")
     packed = sum(row[column] for row in rows for column in columns)

@@ -23,7 +23,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from vqlib.config import VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.packed import container
 from vqlib.packed.header import FORMAT, CheckpointError, Header, parse_json, read_header, require_layer
 from vqlib.packed.layer import VQLinear
@@ -178,7 +178,7 @@ class VQQuantizer(DiffusersQuantizer):
         """Dense `nn.Linear` layers, tensors of their own, and a config that no longer speaks of quantization."""
         dtype = model.dtype
         for name, layer in list(packed_layers(model).items()):
-            dit.swap(model, name, _dense(layer, dtype))
+            structure.swap(model, name, _dense(layer, dtype))
         for module in model.modules():
             for name, value in module._parameters.items():
                 module._parameters[name] = None if value is None else nn.Parameter(value.detach().clone())
@@ -215,7 +215,7 @@ class VQQuantizer(DiffusersQuantizer):
 
     def _swap_for_kmeans(self, model: ModelMixin) -> None:
         config, skipped = self.quantization_config.config, []
-        config.require_used(found := dit.quantizable(model))
+        config.require_used(found := structure.quantizable(model))
         for name, layer in ((name, layer) for name, layer in found.items() if config.takes(name)):
             own = config.for_layer(name)
             if reason := _unfit(layer, own):
@@ -233,7 +233,7 @@ class VQQuantizer(DiffusersQuantizer):
     def _put(self, model: ModelMixin, name: str, k: int, d: int, dtype: torch.dtype) -> None:
         old = model.get_submodule(name)
         bias = old.bias is not None
-        dit.swap(model, name, VQLinear(old.in_features, old.out_features, bias, d, k, "meta", dtype))
+        structure.swap(model, name, VQLinear(old.in_features, old.out_features, bias, d, k, "meta", dtype))
         self._targets[name] = (k, d)
 
     def _fit(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

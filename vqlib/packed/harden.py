@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.packed.checkpoint import attach
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.candidates import Candidates, index_dtype
@@ -20,13 +20,13 @@ def harden(student: nn.Module) -> nn.Module:
 
     A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is.
     """
-    student = dit.unwrapped(student)
+    student = structure.unwrapped(student)
     soft = soft_layers(student)
     packed = copy.deepcopy(student, {id(layer): layer for layer in soft.values()})  # soft layers shared, not copied
     codebooks: dict[int, Tensor] = {}
     for name, layer in soft.items():
         codewords = codebooks.setdefault(id(layer.codebook), _as_stored(layer, name))
-        dit.swap(packed, name, harden_layer(layer, codewords))
+        structure.swap(packed, name, harden_layer(layer, codewords))
     packed = packed.eval().requires_grad_(False)
     return attach(packed) if soft and isinstance(packed, ModelMixin) else packed
 
@@ -44,7 +44,7 @@ def soften(packed: nn.Module) -> nn.Module:
 
     Every layer has one candidate a sub-vector. Shared codebooks stay shared; `harden` is the inverse.
     """
-    packed = dit.unwrapped(packed)
+    packed = structure.unwrapped(packed)
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
     student = copy.deepcopy(packed, {id(layer): layer for layer in layers.values()})
     codebooks: dict[int, nn.Parameter] = {}
@@ -54,7 +54,7 @@ def soften(packed: nn.Module) -> nn.Module:
         candidates = Candidates(codes.to(index_dtype(layer.k)), torch.zeros(codes.shape, device=codes.device))
         scale = layer.scale if layer.scale.item() != 1.0 else None
         shape = layer.out_features, layer.in_features
-        dit.swap(student, name, CandidateLinear(book, candidates, shape, layer.bias, scale, layer.codebook.dtype))
+        structure.swap(student, name, CandidateLinear(book, candidates, shape, layer.bias, scale, layer.codebook.dtype))
     return student.eval()
 
 

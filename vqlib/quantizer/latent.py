@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vqlib import kernels
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.quantizer.candidates import Candidates
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
@@ -61,5 +61,5 @@ class _StraightThrough(torch.autograd.Function):
 def with_latents(student: nn.Module) -> nn.Module:
     """The student itself, its soft layers replaced by `LatentLinear`s of the same codes."""
     for name, layer in soft_layers(student).items():
-        dit.swap(student, name, LatentLinear(layer))
+        structure.swap(student, name, LatentLinear(layer))
     return student

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqlib.config import VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.quantizer.candidates import find_candidates
 from vqlib.quantizer.codebook import Codebook, cached_codebooks, fit_codebooks
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
@@ -40,7 +40,7 @@ def quantize(
     of another size or not finite, and a model that has no linear in its blocks or holds quantized layers already, before any
     work is done.
     """
-    transformer = dit.unwrapped(transformer)
+    transformer = structure.unwrapped(transformer)
     hessians = {} if hessians is None or config.assignment == "nearest" else hessians
     layers, seed = fitting_layers(transformer, config), as_seed("seed", seed)
     for name, layer in layers.items() if config.assignment != "nearest" else ():
@@ -60,7 +60,7 @@ def quantize(
     for label, group in groups.items():
         own = config.for_layer(next(iter(group)))
         for name, replacement in _quantize_group(group, codewords[label], own, hessians, columns_of):
-            dit.swap(student, name, replacement)
+            structure.swap(student, name, replacement)
     student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
     return student.eval()
 
@@ -71,7 +71,7 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
     Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit, or a
     pattern that fits no layer.
     """
-    found = dit.quantizable(transformer)
+    found = structure.quantizable(transformer)
     config.require_used(found)
     layers = {name: layer for name, layer in found.items() if config.takes(name)}
     done = [name for name, module in transformer.named_modules() if hasattr(module, "codebook")]
@@ -98,7 +98,7 @@ Group = dict[str, nn.Linear]  # layers that share a codebook, by name
 
 def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], config: VQConfig) -> dict[str, Group]:
     """The layers that share a codebook, under what messages call them: each alone, or all of a block or of the model that have the same k and d."""
-    owner = {module: i for i, block in enumerate(dit.block_list(transformer)) for module in block.modules()}
+    owner = {module: i for i, block in enumerate(structure.block_list(transformer)) for module in block.modules()}
     groups: dict[tuple, Group] = {}
     for name, layer in layers.items():
         own, scope = config.for_layer(name), {"layer": name, "block": owner[layer], "model": ""}[config.codebook_scope]

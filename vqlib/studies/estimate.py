@@ -23,7 +23,7 @@ from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import BATCHES, input_hessians
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.blueprint import Blueprint
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.flow import FlowMatching
@@ -96,7 +96,7 @@ def estimate(
     packed = harden(student)
     if job.distillation:
         runs["last stage"] = _Probe(partial(distill, probe, packed), job.distillation)
-    share = sum(layer.weight.numel() for layer in dit.quantizable(probe.transformer).values()) / geometry.weights
+    share = sum(layer.weight.numel() for layer in structure.quantizable(probe.transformer).values()) / geometry.weights
     flops = share * geometry.flops()
     sampling = _sampling(probe.with_transformer(packed), job, device, flops) if job.images else 0.0
     seconds = {"codebooks": (fit + moments) / share}
@@ -180,7 +180,7 @@ def _first_blocks(pipe: Pipeline | None, geometry: Geometry | Blueprint, device:
         # SD3's last block has other shapes than those before it: there the random values stay.
         fitting = {name: weights[name] for name, own in transformer.state_dict().items() if _fits(weights, name, own)}
         transformer.load_state_dict(fitting, strict=False)
-    transformer = dit.with_fast_products(transformer)
+    transformer = structure.with_fast_products(transformer)
     names = tuple(map(str, range(geometry.classes))) if isinstance(geometry, Geometry) else ("a prompt",)
     if pipe:
         return Pipeline("probe", transformer.to(device), None, pipe.schedule, pipe.class_names, pipe.denoiser)

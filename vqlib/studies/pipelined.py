@@ -24,7 +24,7 @@ from vqlib.calibrator.runs import Record, RunFolder
 from vqlib.calibrator.stages import Stage, StageRecord, block_file, needs_moments, require_independent
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import dit, pipeline
+from vqlib.models import pipeline, structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.checkpoint import attach
 from vqlib.quantizer.quantize import fitting_layers
@@ -246,7 +246,7 @@ class Pipelined(Iterator[Record]):
         return True
 
     def _blocks(self) -> int:
-        return len(dit.block_list(self.pipe.transformer))
+        return len(structure.block_list(self.pipe.transformer))
 
 
 def cut(blocks: int, stages: int) -> list[tuple[int, int]]:
@@ -274,7 +274,7 @@ def calibrate_in_stages(
     `device`, `needs`: of one stage on the cluster. batches: of second moments, where error feedback needs them (`input_hessians`).
     """
     require_independent(vq, config)
-    cuts = cut(len(dit.block_list(pipe.transformer)), stages)
+    cuts = cut(len(structure.block_list(pipe.transformer)), stages)
     if on == "ray":
         place: Place = StagesOnRay(Source.of(pipe), device, vq, config, cuts, seed, needs or Needs())
     else:
@@ -291,9 +291,9 @@ def _joined(iteration: int, seen: Sequence[StageRecord], seconds: float) -> Reco
 
 def _with_layers(transformer: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     """A packed transformer: the original's copy with these layers in place of its own."""
-    dense = dit.quantizable(transformer)
+    dense = structure.quantizable(transformer)
     packed = copy.deepcopy(transformer, {id(layer): layer for layer in dense.values()})  # shared, not copied
     device = next(transformer.parameters()).device
     for name, layer in layers.items():
-        dit.swap(packed, name, layer.to(device))
+        structure.swap(packed, name, layer.to(device))
     return attach(packed.eval().requires_grad_(False))

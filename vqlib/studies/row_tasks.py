@@ -21,7 +21,7 @@ from vqlib.evaluation.evaluate import CACHE, evaluate_features, of_size
 from vqlib.evaluation.extractors import KINDS, Extractor, Features
 from vqlib.evaluation.image_sources import BLOCK
 from vqlib.evaluation.references import Reference, load_reference, resolve
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.class_conditional import DiT
 from vqlib.models.geometry import Geometry
 from vqlib.models.pipeline import Pipeline
@@ -72,7 +72,7 @@ class Measuring:
         source = Source.of(pipe, vae_name) if vae_name else Source.of(pipe)
         found = load_reference(reference)
         rest = {"device": device_label(pipe.device)} | rest
-        transformer = dit.unwrapped(pipe.transformer)
+        transformer = structure.unwrapped(pipe.transformer)
         geometry = Geometry.of(transformer.config) if isinstance(pipe.denoiser, DiT) else None
         return cls(source, str(reference), reference_fingerprint(found), found.extractor, geometry=geometry, **rest)
 

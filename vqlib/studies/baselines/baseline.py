@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqlib.calibrator.hessians import BATCHES
 from vqlib.config import CalibrationConfig
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed import container
 from vqlib.packed.checkpoint import size_report
@@ -47,7 +47,7 @@ class FullPrecision:
     """The model as it is: 16 bits where float16 holds every weight exactly, else 32."""
 
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
-        weights = [layer.weight for layer in dit.quantizable(pipe.transformer).values()]
+        weights = [layer.weight for layer in structure.quantizable(pipe.transformer).values()]
         bits = 16 if all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights) else 32
         return Baseline(pipe.transformer, float(bits), stored_bytes(pipe.transformer, f"float{bits}"))
 
@@ -66,11 +66,11 @@ def uniform(
     Stored are b bits a weight, a float16 scale and a b-bit zero point a group of inputs (None: a row). Raises ValueError
     naming a layer whose width `group_size` does not divide, before any work is done.
     """
-    for name, layer in dit.quantizable(transformer).items():
+    for name, layer in structure.quantizable(transformer).items():
         if group_size is not None and (group_size < 1 or layer.in_features % group_size):
             raise ValueError(f"in_features {layer.in_features} is not divisible by group_size={group_size} ({name})")
     model = copy.deepcopy(transformer).eval()
-    layers = dit.quantizable(model)
+    layers = structure.quantizable(model)
     for name, layer in layers.items():
         layer.weight = nn.Parameter(quantized(name, layer).to(layer.weight.dtype), requires_grad=False)
     count = sum(layer.weight.numel() for layer in layers.values())

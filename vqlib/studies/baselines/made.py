@@ -25,7 +25,7 @@ from vqlib.calibrator.teacher import teacher_output
 from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig
 from vqlib.kernels.products import linear
-from vqlib.models import dit
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, Moments, stored_bytes
 from vqlib.system.files import write_tensors
@@ -75,7 +75,7 @@ def build(pipe: Pipeline, folder: Path | None, how: Trained, make: Make) -> Base
 
     It is kept in `folder`, where one is given, and taken from there the next time.
     """
-    layers = dit.quantizable(pipe.transformer)
+    layers = structure.quantizable(pipe.transformer)
     kept = None if folder is None else Path(folder) / "dense.safetensors"
     found = _kept(kept)
     if found is None:
@@ -108,7 +108,7 @@ def _made(pipe: Pipeline, layers: Layers, how: Trained, make: Make) -> tuple[dic
     if how.distillation:
         student = copy.deepcopy(pipe.transformer).requires_grad_(False)
         for name, layer in made.items():
-            dit.swap(student, name, layer)
+            structure.swap(student, name, layer)
         _distill(pipe, student, list(made.values()), how.distillation)
     tensors = {f"{name}.weight": layer.weight().detach().float().contiguous() for name, layer in made.items()}
     tensors |= {f"{name}.bias": layer.bias.detach() for name, layer in made.items() if layer.bias is not None}

@@ -1,4 +1,4 @@
-"""The DiT as all stages see it: its blocks, their linears, one forward; and a layer put in another's place."""
+"""A transformer as all stages see it: its blocks, their linears, in how many bits it multiplies; a layer put in another's place."""
 
 from __future__ import annotations
 
@@ -80,8 +80,3 @@ def precision(products: str, *transformers: nn.Module) -> Iterator[None]:
         for transformer in transformers if products == "bfloat16" else ():
             stack.callback(block_list(transformer)[0].register_forward_pre_hook(widen, with_kwargs=True).remove)
         yield
-
-
-def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-    """The transformer's output [R, C or 2C, h, w] for latents [R, C, h, w], model times [R] and class labels [R]."""
-    return transformer(x, timestep=timestep, class_labels=labels).sample
