@@ -157,7 +157,7 @@ def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp
     one = next(row for row in known if row.codes == "k 64, d 4" and row.last == MOVING)
     assert one.method(3).calibration.seed == 3 and one.method(3).distillation.seed == 3 + OTHER_TRAJECTORIES
     assert one.method(3).moments.inputs.seed == one.method(3).seed == 3
-    study = Ablation(tiny.pipeline(), tmp_path, 140, SamplingConfig(steps=1))
+    study = Ablation(tiny.pipeline(), tmp_path, 140, SamplingConfig(steps=1), "fashion-mnist-test")
     rows = [known[0], Choice("low rank", "2 bits", NONE, LowRank(UNTRAINED))]
     made = [study.row(row, 0) for row in rows]
     compared = Compared.of(study, {row.group: row for row in rows}, {row.group: [0] for row in rows}, resamples=10)
