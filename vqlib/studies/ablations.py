@@ -46,6 +46,10 @@ class Ablation:
     reference: str | Path | None = None  # the bundled model's own unless given
     device: str = ""  # of the machines that make the rows, as `device_label` has it; the pipeline's own unless given
 
+    def __post_init__(self) -> None:
+        if self.reference is None:
+            object.__setattr__(self, "reference", reference_of(self.pipe.name))
+
     def row(self, setting: Setting, seed: int) -> dict:
         """The row of one setting and seed of codebooks and calibration; made where it is not finished."""
         complete(run(self.folder, [self.task(setting, seed)], Here()))
@@ -89,7 +93,7 @@ class Ablation:
     def how(self) -> Measuring:
         """What all rows share: model, reference, device."""
         device = self.device or device_label(self.pipe.device)
-        return Measuring.of(self.pipe, self.reference or reference_of(self.pipe.name), device=device)
+        return Measuring.of(self.pipe, self.reference, device=device)
 
 
 def summary(table: pd.DataFrame, quality: str = "fd") -> pd.DataFrame:
