@@ -62,7 +62,7 @@ class Ablation:
 
     def task(self, setting: Setting, seed: int) -> Evaluated:
         """A row, found by method, model and conditions."""
-        made = Made(self.how, setting.method(seed))
+        made = Made(self._how, setting.method(seed))
         label = f"{setting.group}: {setting.name}, seed {seed}"
         return Evaluated(made, self.images, self.sampling, label=label)
 
@@ -90,8 +90,7 @@ class Ablation:
         return pd.DataFrame(rows, columns=["group", "setting", "seed", "fd"] if not rows else None)
 
     @cached_property
-    def how(self) -> Measuring:
-        """What all rows share: model, reference, device."""
+    def _how(self) -> Measuring:
         device = self.device or device_label(self.pipe.device)
         return Measuring.of(self.pipe, self.reference, device=device)
 

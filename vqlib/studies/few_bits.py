@@ -120,7 +120,7 @@ class Compared:
     @classmethod
     def of(cls, study: Ablation, rows: Mapping[str, Choice], seeds: Mapping[str, Iterable[int]], resamples: int = 200):
         """By rows' names and their seeds. The distance is computed from the kept features of the study's images."""
-        reference = load_reference(study.how.reference)
+        reference = load_reference(study.reference)
         distances, found = {}, {}
         for name, row in rows.items():
             own = [study.features(row, seed) for seed in seeds[name]]
