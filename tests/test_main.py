@@ -37,7 +37,10 @@ def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, t
     run("calibrate", tmp_path, "--distill", "2")
     assert [record.output_loss > 0 for record in read_records(tmp_path / "distillation")] == [True, True]
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert config["provenance"]["distillation"]["iterations"] == 2
+    made = config["provenance"]
+    assert made["distillation"]["iterations"] == 2
+    for size in ("batch_size", "steps", "guidance_scale"):  # as --set has them, not as the preset
+        assert made["distillation"][size] == made["calibration"][size]
     for made, asked in ((tmp_path, []), (folder, ["--distill", "2"]), (tmp_path, ["--distill", "3"])):
         with pytest.raises(SystemExit, match="was made with distillation="):
             run("calibrate", made, *asked)

@@ -186,7 +186,11 @@ def _job(options: argparse.Namespace) -> Preset:
         chosen = RECIPES[options.recipe]
         run = chosen.calibration.replace(checkpoint_every=job.calibration.checkpoint_every)
         job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=run)
-    return job.distilled(max(0, options.distill)).with_settings(settings)
+    last = {name: value for name, value in settings.items() if name.startswith("distillation.")}
+    job = job.with_settings({name: value for name, value in settings.items() if name not in last})
+    return job.distilled(max(0, options.distill)).with_settings(
+        last
+    )  # the last stage has calibration's sizes as they are set
 
 
 def _setting(text: str) -> tuple[str, object]:

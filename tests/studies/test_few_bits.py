@@ -128,6 +128,12 @@ def test_the_low_rank_part_is_the_best_in_the_metric_of_the_inputs():
         LowRank(UNTRAINED, rank=99).build(tiny.pipeline())
 
 
+def test_a_rival_refuses_a_training_that_it_would_not_follow():
+    for change in ({"lr_latents": 6e-3}, {"path": "teacher"}, {"products": "bfloat16"}):
+        with pytest.raises(ValueError, match="trained on its own path, its codes as they are, in float32, not with"):
+            Trained(MOMENTS, OUTPUT.replace(**change))
+
+
 def test_a_width_that_codes_do_not_divide_is_refused_by_name(pipe):
     with pytest.raises(ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0"):
         Additive(UNTRAINED, d=5).build(pipe)

@@ -119,7 +119,7 @@ class Compared:
 
     @classmethod
     def of(cls, study: Ablation, rows: Mapping[str, Choice], seeds: Mapping[str, Iterable[int]], resamples: int = 200):
-        """By rows' names and their seeds. The distance is computed from the kept features of the study's images."""
+        """By rows' names and their seeds: distances as the rows have them, replicates from their images' kept features."""
         reference = load_reference(study.reference)
         distances, found = {}, {}
         for name, row in rows.items():

@@ -143,12 +143,12 @@ def _best(grown: list[tuple[Tensor, list[Tensor]]], width: int) -> list[tuple[Te
 
 def least_squares(x: Tensor, codes: Tensor, k: int) -> list[Tensor]:
     """The codebooks [k, d] with the least Σ ‖x − Σ_m C_m[A_m]‖² for codes [books, N]; what nothing uses becomes 0."""
-    count = len(codes)
-    gram = torch.zeros(count * k, count * k, dtype=torch.float64)
+    count, wide = len(codes), {"dtype": torch.float64, "device": x.device}
+    gram = torch.zeros(count * k, count * k, **wide)
     for i in range(count):
         for j in range(count):
             pairs = torch.bincount(codes[i] * k + codes[j], minlength=k * k).view(k, k)
             gram[i * k : (i + 1) * k, j * k : (j + 1) * k] = pairs.double()
-    sums = torch.cat([torch.zeros(k, x.shape[1], dtype=torch.float64).index_add_(0, own, x.double()) for own in codes])
-    gram += 1e-3 * torch.eye(len(gram), dtype=torch.float64)  # a constant may move from one book to another
+    sums = torch.cat([torch.zeros(k, x.shape[1], **wide).index_add_(0, own, x.double()) for own in codes])
+    gram += 1e-3 * torch.eye(len(gram), **wide)  # a constant may move from one book to another
     return [book.float().contiguous() for book in torch.linalg.solve(gram, sums).split(k)]

@@ -2,6 +2,7 @@
 
 The training is that of VQ4DiT's last stage (`vqlib.distill`): the same paths, the same loss, the same optimizer, with
 whatever the method holds besides its codes as parameters. So a table can tell what codes are worth from what training is.
+Scales, gains, factors and codebooks are counted at 16 bits and not rounded to them, which is in the rivals' favor.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ class Trained:
 
     moments: Moments
     distillation: CalibrationConfig | None = None
+
+    def __post_init__(self) -> None:
+        how = self.distillation
+        if how and (how.path, how.lr_latents, how.products) != ("student", 0.0, "float32"):
+            given = f"path={how.path!r}, lr_latents={how.lr_latents}, products={how.products!r}"
+            raise ValueError(f"a rival is trained on its own path, its codes as they are, in float32, not with {given}")
 
     def seeded(self, seed: int) -> Trained:
         """The same on other trajectories, for second moments and for training."""
