@@ -1,6 +1,9 @@
 """Whoever makes the attempts: every task once, in the order that they need; what is lost is tried again, errors are told."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -95,6 +98,14 @@ def test_a_task_that_kills_every_process_is_given_up(tmp_path, processes, monkey
     with pytest.raises(RuntimeError, match="toy 1: lost 2 times, the last time by the end of its process"):
         complete(run(tmp_path, [Toy(1, "always killed"), Toy(2)], processes))
     assert begun(tmp_path, 1) == 2 and squares(tmp_path, [Toy(2)]) == [4]
+
+
+def test_a_study_that_was_killed_as_a_whole_is_not_told_as_under_way(tmp_path):
+    code = "import sys; from toys import Toy; from vqlib.studies import engines, processes; from pathlib import Path\n"
+    code += "list(engines.run(Path(sys.argv[1]), [Toy(1, 'always killed')], processes.Here()))"
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+    assert ended.returncode == -9 and [path.stem for path in (tmp_path / "running").iterdir()] == [key_of(Toy(1))]
+    assert not under_way(tmp_path) and not list((tmp_path / "running").iterdir())
 
 
 def test_what_another_process_makes_is_left_to_it_and_waited_for_at_the_end(tmp_path):

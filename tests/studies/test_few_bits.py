@@ -64,6 +64,9 @@ def test_bits_of_rivals_are_what_their_parts_take(pipe):
     grid = LowRank(UNTRAINED, bits=2, rank=3).build(pipe)
     assert grid.bits_per_weight * count == pytest.approx(2 * count + 18 * rows + 16 * 3 * (rows + inputs))
     assert grid.size_bytes > grid.bits_per_weight * count / 8
+    for how in (UNTRAINED, TRAINED):  # a product of two halves, of 11 significant bits each, has 22
+        halves = structure.quantizable(Additive(how, k=16, d=4, books=1).build(pipe).model).values()
+        assert all(layer.weight.view(torch.int32).bitwise_and(3).eq(0).all() for layer in halves)
 
 
 def test_the_points_of_e8p_are_half_odd_of_even_sum_a_quarter_aside_and_better_than_any_small_codebook():

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from vqlib.studies.rows import Rows, content_key
 
 # What passes by itself, or on another machine: no space, no quota, a disk or a server that does not answer.
@@ -111,9 +113,14 @@ def under_way(folder: str | Path) -> list[dict[str, Any]]:
     found = []
     for path in (Path(folder) / "running").glob("*.json"):
         try:
-            found.append(json.loads(path.read_text()))
+            one = json.loads(path.read_text())
         except (OSError, ValueError):  # it ended just now, or is being written
             continue
+        host, process = one["where"].rsplit(":", 1)
+        if host == platform.node() and not psutil.pid_exists(int(process)):  # a whole study that was killed
+            path.unlink(missing_ok=True)
+        else:
+            found.append(one)
     return sorted(found, key=lambda one: one["since"])
 
 

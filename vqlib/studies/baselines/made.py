@@ -2,7 +2,7 @@
 
 The training is that of VQ4DiT's last stage (`vqlib.distill`): the same paths, the same loss, the same optimizer, with
 whatever the method holds besides its codes as parameters. So a table can tell what codes are worth from what training is.
-Scales, gains, factors and codebooks are counted at 16 bits and not rounded to them, which is in the rivals' favor.
+Scales, gains, factors and codebooks are stored in float16, as they are counted: they are rounded to it at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,10 +117,20 @@ def _made(pipe: Pipeline, layers: Layers, how: Trained, make: Make) -> tuple[dic
         for name, layer in made.items():
             structure.swap(student, name, layer)
         _distill(pipe, student, list(made.values()), how.distillation)
+    _rounded(made.values())
     tensors = {f"{name}.weight": layer.weight().detach().float().contiguous() for name, layer in made.items()}
     tensors |= {f"{name}.bias": layer.bias.detach() for name, layer in made.items() if layer.bias is not None}
     bits = sum(layer.stored_bits for layer in made.values())
     return tensors, {"bits": bits, "seconds": time.monotonic() - start if how.distillation else 0.0}
+
+
+@torch.no_grad()
+def _rounded(layers: Iterable[MadeLinear]) -> None:
+    """What a layer stores beside its codes, but for the bias, to float16, in place."""
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if name != "bias":
+                parameter.copy_(parameter.half())
 
 
 def _distill(pipe: Pipeline, student: nn.Module, layers: list[MadeLinear], config: CalibrationConfig) -> None:
