@@ -227,6 +227,7 @@ RECIPES = {
         VQConfig(candidates=2, ratio_start="leading", assignment="error-feedback"),
         CalibrationConfig(ratio_loss_when="never", freeze_rule="schedule", lr_codebooks=3e-4, lr_decay="cosine"),
         CalibrationConfig(
+            iterations=1000,
             block_inputs="end-to-end",
             loss_at="output",
             path="student",
