@@ -37,7 +37,8 @@ def transformer(pipe: vqlib.Pipeline, method: str, bits: int | None, seed: int) 
     made = bench.build(Row(BEST if method == LAST else method, bits, TABLE.steps, TABLE.images))
     if method != LAST:
         return made
-    settings = vqlib.recipe_distillation("best", seed=seed + 1000, guidance_scale=TABLE.guidance_scale)
+    sizes = {"iterations": TABLE.iterations, "guidance_scale": TABLE.guidance_scale}
+    settings = vqlib.recipe_distillation("best", seed=seed + 1000, **sizes)
     folder = FOLDER / f"last-{bits}-bits-seed-{seed}"
     model = vqlib.distill(pipe, made.model, settings, out=folder).finish()  # a finished run has no step left
     return packed(model, made.seconds + sum(record.seconds for record in read_records(folder)))

@@ -3,7 +3,7 @@
     python -m vqlib estimate  --preset dit-xl-2-256-w2                   minutes, memory, disk; needs no weights
     python -m vqlib quantize  --preset dit-mini-fashion-w2               k-means alone, packed
     python -m vqlib calibrate --preset dit-mini-fashion-w2               the whole method, packed; resumes a killed run
-    python -m vqlib calibrate --preset dit-mini-fashion-w2 --recipe best --distill 500     and then on the model's output
+    python -m vqlib calibrate --preset dit-mini-fashion-w2 --recipe best --distill 1000    and then on the model's output
     python -m vqlib sample    --preset dit-mini-fashion-w2 --set images=64
     python -m vqlib evaluate  --preset dit-mini-fashion-w2
     python -m vqlib table     --preset dit-mini-fashion-w2 --workers 2   or --on ray: this machine, or RAY_ADDRESS

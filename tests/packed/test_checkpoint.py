@@ -22,6 +22,7 @@ from tests.fuzz_checkpoint import (
 )
 from vqlib import CheckpointError, load_transformer, save, size_report
 from vqlib.config import VQConfig
+from vqlib.kernels.bits import pack_codes
 from vqlib.packed.checkpoint import packed_layers
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import quantize
@@ -104,6 +105,21 @@ def test_size_report_counts_a_shared_codebook_once():
     report = size_report(pack(tiny_dit(), k=16, d=4, shared=True))
     scales = 4 * (len(report) - 1)
     assert report["codebook_bytes"].sum() == 16 * 4 * 4 + scales
+
+
+def test_size_report_tells_what_an_entropy_coder_would_store():
+    model = pack(tiny_dit(num_layers=1), k=4, d=4)
+    layers = packed_layers(model)
+    for layer in layers.values():  # half of the codes are 0, a quarter 1, an eighth each 2 and 3: 1.75 bits, not 2
+        codes = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]).repeat(layer.count // 8)
+        layer.codes = pack_codes(codes, layer.code_bits)
+    report = size_report(model)
+    assert report["code_entropy"].tolist()[:-1] == pytest.approx([1.75] * len(layers))
+    saved = report.attrs["bits_per_weight"] - report.attrs["entropy_coded"]
+    assert saved == pytest.approx(0.25 / 4)
+    for layer in layers.values():
+        layer.codes = pack_codes(torch.zeros(layer.count, dtype=torch.long), layer.code_bits)
+    assert size_report(model)["code_entropy"].sum() == 0.0
 
 
 def test_float32_storage_rounds_nothing(tmp_path):

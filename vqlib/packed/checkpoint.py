@@ -104,8 +104,9 @@ def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
     """Where the bytes of a packed model's file are: one row per linear of its blocks, a last one for all the rest.
 
     Columns: layer, shape ("out×in"), k, d, codes_bytes, codebook_bytes (with the scale, if any), bias_bytes,
-    other_bytes, bits_per_weight (codes and codebook; of a layer left in full precision, its weights). What several layers share
-    is counted at the first. `attrs` holds tensor_bytes, the file without its header, and bits_per_weight over all these layers.
+    other_bytes, bits_per_weight (codes and codebook; of a layer left in full precision, its weights), code_entropy (bits a code
+    by the layer's own frequencies). What several layers share is counted at the first. `attrs` holds tensor_bytes, the file
+    without its header, and over all these layers bits_per_weight and what an entropy coder would make of it, entropy_coded.
     """
     layers = packed_layers(model)
     stored, _ = container.encode(model.state_dict(), storage, "")
@@ -123,7 +124,10 @@ def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
     table = pd.DataFrame([*rows, rest]).astype({"k": "Int64", "d": "Int64"})
     weights = sum(layer.in_features * layer.out_features for layer in (*layers.values(), *dense.values()))
     bits = 8 * sum(row["codes_bytes"] + row["codebook_bytes"] + row["other_bytes"] for row in rows)
-    table.attrs = {"tensor_bytes": sum(sizes.values()), "bits_per_weight": bits / weights if weights else float("nan")}
+    saved = sum(8 * row["codes_bytes"] - row["code_entropy"] * layers[row["layer"]].count for row in rows if "k" in row)
+    over = {"bits_per_weight": bits, "entropy_coded": bits - saved}
+    table.attrs = {"tensor_bytes": sum(sizes.values())}
+    table.attrs |= {name: value / weights if weights else float("nan") for name, value in over.items()}
     return table
 
 
@@ -139,6 +143,7 @@ def _row(name: str, layer: VQLinear, sizes: Mapping[str, int]) -> dict[str, Any]
         "bias_bytes": bias,
         "other_bytes": 0,
         "bits_per_weight": 8 * (codes + codebook + scale) / (layer.in_features * layer.out_features),
+        "code_entropy": layer.code_entropy(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -86,6 +87,11 @@ class VQLinear(nn.Module):
     def assignments(self) -> Tensor:
         """The unpacked codes A, int64 [N]."""
         return unpack_codes(self.codes, self.code_bits, self.count)
+
+    def code_entropy(self) -> float:
+        """−Σ p log2 p over the codewords' shares p of the codes, in bits a code: what codes take that are coded one by one."""
+        share = torch.bincount(self.assignments()).double() / self.count
+        return -float(share.xlogy(share).sum()) / math.log(2)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight scale · C[A], [out, in], in the codebook's dtype unless another is asked for."""
