@@ -91,3 +91,14 @@ def test_a_packed_transformer_can_be_offloaded_layer_by_layer(name, scope):
         offloaded = cpu_offload(made, execution_device=torch.device("cpu"), offload_buffers=True)
         assert all(buffer.device.type == "meta" for name, buffer in offloaded.named_buffers() if name.endswith("codes"))
         assert torch.equal(pipe.output(*given, model=offloaded), expected)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3", "FLUX"])
+def test_a_packed_transformer_compiles_to_one_graph(name):
+    pipe = packed(families.ALL[name]())
+    x = torch.randn(2, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = x, torch.tensor([3.0, 700.0]), torch.tensor([0, 2]), SCALE
+    compiled = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        # A compiler brings its own matrix products, so the outputs may differ by rounding.
+        torch.testing.assert_close(pipe.output(*given, model=compiled), pipe.output(*given), rtol=1e-4, atol=1e-5)
