@@ -17,7 +17,7 @@ from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Moments
 from vqlib.studies.baselines.lattice import Lattice, e8p, gaussian_scale, rotation
 from vqlib.studies.baselines.low_rank import LowRank, low_rank
 from vqlib.studies.baselines.made import Trained
-from vqlib.studies.few_bits import MOVING, NONE, Choice, Compared, choices, table
+from vqlib.studies.few_bits import MOVING, NONE, Choice, Compared, choices
 
 SIZES = {"batch_size": 4, "steps": 4, "iterations": 3}
 INPUTS = CalibrationConfig(**SIZES)
@@ -169,9 +169,24 @@ def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp
     study = Ablation(tiny.pipeline(), tmp_path, 140, SamplingConfig(steps=1), "fashion-mnist-test")
     rows = [known[0], Choice("low rank", "2 bits", NONE, LowRank(UNTRAINED))]
     made = [study.row(row, 0) for row in rows]
-    compared = Compared.of(study, {row.group: row for row in rows}, {row.group: [0] for row in rows}, resamples=10)
-    difference, low, high = compared.more("low rank", "full precision")
+    compared = Compared.of(study, [*rows, known[1]], [0, 1], resamples=10)
+    assert list(compared.results) == rows  # the others are not finished
+    difference, low, high = compared.more(rows[1], rows[0])
     assert difference == pytest.approx(made[1]["metrics"]["fd"] - made[0]["metrics"]["fd"]) and low < difference < high
-    found = table(study, rows, [0, 1])
-    assert found["codes"].tolist() == ["float16", "2 bits"] and found["seed"].tolist() == [0, 0]
+    found = compared.summary()
+    assert found["codes"].tolist() == ["float16", "2 bits"] and found["seeds"].tolist() == [1, 1]
+    assert found["method"].tolist() == ["full precision", "low rank, not on the output"]
+    assert found["above"].tolist() == [0.0, difference] and found["× full precision"][0] == 1.0
     assert math.isclose(found["FD"][0], made[0]["metrics"]["fd"])
+
+
+def test_a_row_of_several_seeds_counts_by_its_mean():
+    one = choices(**SIZES)[1]
+    results = [
+        {"bits_per_weight": 2.0, "calibration_minutes": m, "metrics": {"fd": fd, "accuracy": 0.5}}
+        for fd, m in ((1.0, 3), (2.0, 5))
+    ]
+    compared = Compared({one: results}, {one: torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64)})
+    found = compared.summary().loc[0]
+    assert (found["seeds"], found["FD"], found["minutes"], found["stored bits"]) == (2, 1.5, 4.0, 2.0)
+    assert found["± (std)"] == pytest.approx(0.5**0.5) and found["low"] < 1.5 < found["high"] and "above" not in found

@@ -8,9 +8,10 @@ Rows are made once and found again, as in every study; their images' features ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from vqlib.config import VQConfig, recipe, recipe_distillation, recipe_vq
 from vqlib.evaluation.frechet import interval, replicates
 from vqlib.evaluation.references import load_reference
+from vqlib.figures.styles import FULL_PRECISION
 from vqlib.figures.tables import markdown
 from vqlib.models import pipeline
 from vqlib.models.pipeline import BUNDLED, DATA
@@ -59,6 +61,12 @@ class Choice:
     def name(self) -> str:
         return f"{self.codes} ({self.last})" if self.last else self.codes
 
+    @property
+    def series(self) -> str:
+        """What rows belong to that differ in their bits alone."""
+        trained = {"": "", NONE: ", not on the output"}.get(self.last, ", on the output")
+        return self.group + trained
+
     def method(self, seed: int) -> Method:
         """The row's method; full precision, which has no last stage, has no seed either."""
         return self.how if isinstance(self.how, FullPrecision) else self.how.seeded(seed)
@@ -89,7 +97,7 @@ def choices(**sizes: int) -> list[Choice]:
     alone = [ours("k 256, d 4, one codebook", NONE), ours("k 256, d 4", NONE), ours("k 256, d 4, one codebook", FIXED)]
     ends = [ours(codes, MOVING) for codes in ("k 64, d 2", "k 256, d 8, one codebook", "k 256, d 2")]
     return [
-        Choice("full precision", "float16", "", FullPrecision()),
+        Choice(FULL_PRECISION, "float16", "", FullPrecision()),
         *main,
         *rivals(FIXED),
         *ends,
@@ -98,46 +106,61 @@ def choices(**sizes: int) -> list[Choice]:
     ]
 
 
-def table(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int]) -> pd.DataFrame:
-    """The finished rows, one a seed: group, codes, last stage, seed, stored bits, FD, accuracy, minutes of training."""
-    rows, seeds = list(rows), list(seeds)
-    found = pd.concat([study.table([row], seeds if row.last else seeds[:1]) for row in rows], ignore_index=True)
-    about = {(row.group, row.name): row for row in rows}
-    keys = list(zip(found["group"], found["setting"], strict=True))
-    found.insert(1, "codes", [about[key].codes for key in keys])
-    found.insert(2, "last stage", [about[key].last for key in keys])
-    names = {"bits per weight": "stored bits", "minutes of calibration": "minutes", "fd": "FD"}
-    return found.rename(columns=names)
-
-
 @dataclass(frozen=True)
 class Compared:
-    """Mean distances over the seeds of rows of the same images, with 95 % intervals over the images, alone and in pairs."""
+    """Finished rows by their mean distance over seeds, with 95 % intervals over the images, alone and in pairs."""
 
-    distances: Mapping[str, float]  # by row
-    found: Mapping[str, Tensor]  # replicates, float64 [resamples]
+    results: Mapping[Choice, Sequence[dict]]  # a finished row a seed
+    found: Mapping[Choice, Tensor]  # replicates of the mean distance, float64 [resamples]
 
     @classmethod
-    def of(cls, study: Ablation, rows: Mapping[str, Choice], seeds: Mapping[str, Iterable[int]], resamples: int = 200):
-        """By rows' names and their seeds: distances as the rows have them, replicates from their images' kept features."""
-        reference = load_reference(study.reference)
-        distances, found = {}, {}
-        for name, row in rows.items():
-            own = [study.features(row, seed) for seed in seeds[name]]
-            finished = [study.finished(row, seed)["metrics"]["fd"] for seed in seeds[name]]
-            distances[name] = sum(finished) / len(finished)
-            parts = [replicates(x, reference.mean, reference.covariance, resamples) for x in own]
-            found[name] = torch.stack(parts).mean(dim=0)
-        return cls(distances, found)
+    def of(cls, study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], resamples: int = 200) -> Compared:
+        """What of `rows` is finished, of full precision the first seed; replicates from the kept features of their images."""
+        reference, seeds = load_reference(study.reference), list(seeds)
+        results, found = {}, {}
+        for row in rows:
+            own = {seed: study.finished(row, seed) for seed in (seeds if row.last else seeds[:1])}
+            own = {seed: result for seed, result in own.items() if result}
+            if own:
+                parts = [
+                    replicates(study.features(row, seed), reference.mean, reference.covariance, resamples)
+                    for seed in own
+                ]
+                results[row], found[row] = list(own.values()), torch.stack(parts).mean(dim=0)
+        return cls(results, found)
 
-    def alone(self, name: str) -> tuple[float, float]:
-        """The interval of a row's distance."""
-        return interval(self.distances[name], self.found[name])
+    def mean(self, row: Choice, figure: str) -> float:
+        """Over the row's seeds; `figure`: one of the row's own or of its metrics. NaN where the model's judge does not tell it."""
+        values = [(result | result["metrics"])[figure] for result in self.results[row]]
+        return float("nan") if None in values else fmean(values)
 
-    def more(self, name: str, than: str) -> tuple[float, float, float]:
+    def alone(self, row: Choice) -> tuple[float, float]:
+        """The interval of a row's mean distance."""
+        return interval(self.mean(row, "fd"), self.found[row])
+
+    def more(self, row: Choice, than: Choice) -> tuple[float, float, float]:
         """How much more a row's distance is than another's, and the interval of that: apart from 0, the images tell them apart."""
-        difference = self.distances[name] - self.distances[than]
-        return difference, *interval(difference, self.found[name] - self.found[than])
+        difference = self.mean(row, "fd") - self.mean(than, "fd")
+        return difference, *interval(difference, self.found[row] - self.found[than])
+
+    def summary(self) -> pd.DataFrame:
+        """A row each: method, codes, last stage, seeds, stored bits, FD, ± (std), low, high; × full precision and, in pairs,
+        how much is above it (above, above low, above high), where full precision is among the rows; accuracy, minutes of training.
+        """
+        full, records = next((row for row in self.results if row.group == FULL_PRECISION), None), []
+        for row, own in self.results.items():
+            fds = pd.Series([result["metrics"]["fd"] for result in own])
+            low, high = self.alone(row)
+            record = {"method": row.series, "codes": row.codes, "last stage": row.last, "seeds": len(own)}
+            record |= {"stored bits": self.mean(row, "bits_per_weight"), "FD": fds.mean(), "± (std)": fds.std()}
+            record |= {"low": max(0.0, low), "high": high}
+            if full:
+                above = dict(zip(("above", "above low", "above high"), self.more(row, full), strict=True))
+                record |= {"× full precision": fds.mean() / self.mean(full, "fd")} | above
+            records.append(
+                record | {"accuracy": self.mean(row, "accuracy"), "minutes": self.mean(row, "calibration_minutes")}
+            )
+        return pd.DataFrame(records)
 
 
 def main() -> None:
@@ -156,7 +179,7 @@ def main() -> None:
         print(progress, flush=True)
         last = progress
     complete([last])
-    print(markdown(table(study, rows, options.seeds)))
+    print(markdown(Compared.of(study, rows, options.seeds).summary()))
 
 
 if __name__ == "__main__":
