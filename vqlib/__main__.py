@@ -227,7 +227,7 @@ def _watching(folder: Path, iterations: int):
             if records and records[-1].iteration != shown:
                 record, shown = records[-1], records[-1].iteration
                 left = (iterations - shown) * record.seconds / 60
-                print(f"step {shown} of {iterations}: loss {record.loss:.4g}, {record.seconds:.2f} s a step, "
+                print(f"iteration {shown} of {iterations}: loss {record.loss:.4g}, {record.seconds:.2f} s each, "
                       f"about {left:.1f} minutes left", flush=True)  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)

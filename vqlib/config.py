@@ -43,8 +43,8 @@ class VQConfig(Settings):
     bits: float | None = None
     d: int | None = None
     k: int | None = None
-    candidates: int = 3
-    ratio_start: str = "equal"
+    candidates: int = 3  # n, 1 … k
+    ratio_start: str = "equal"  # the first ratios are 1/n; the others are in `find_candidates`
     codebook_scope: str = "layer"
     kmeans_iterations: int = 100
     assignment: str = "nearest"  # or "error-feedback"
@@ -101,7 +101,7 @@ class CalibrationConfig(Settings, _Guided):
 
     iterations: int = 500  # optimizer steps
     batch_size: int = 16  # images on the trajectory; doubled by their unconditional halves where guided
-    steps: int = 50  # DDPM timesteps of a trajectory
+    steps: int = 50  # timesteps of a trajectory
     guidance_scale: float = 1.5
     inputs: str = "trajectory"  # or "noise": Gaussian x_t at random timesteps, the control experiment
     timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
@@ -110,8 +110,8 @@ class CalibrationConfig(Settings, _Guided):
     path: str = "teacher"  # whose x_t the student is given; "student": its own, aimed at the teacher's signal
     activation_checkpointing: bool = False  # end to end: blocks run twice, their activations are not kept
     block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
-    lambda_d: float = 1.0
-    lambda_r: float = 1.0
+    lambda_d: float = 1.0  # weight of the block loss, Eq. 8
+    lambda_r: float = 1.0  # weight of the ratio loss, Eq. 9
     ratio_loss: str = "absolute"  # Eq. 9, 1 − |2r − 1|; "quadratic": n · r(1 − r)
     ratio_loss_when: str = "always"  # "rising": only in steps where it is above its running minimum; "never"
     freeze_rule: str = "threshold"  # "schedule": the most decided sub-vectors of each layer first, by a timetable
@@ -166,7 +166,7 @@ class CalibrationConfig(Settings, _Guided):
 
 @dataclass(frozen=True)
 class SamplingConfig(Settings, _Guided):
-    """DDPM steps, classifier-free guidance, how many images share a forward pass, and in how many bits it is made."""
+    """Sampling steps (DDPM's, or Euler's of a flow), classifier-free guidance, how many images share a forward pass, and in how many bits it is made."""
 
     steps: int = 50
     guidance_scale: float = 1.5
@@ -258,8 +258,11 @@ def _distilling() -> list[str]:
     return sorted(name for name, known in RECIPES.items() if known.distillation)
 
 
-def recipe_vq(name: str, bits: float = 2, **changes) -> VQConfig:
-    """The candidates and starting ratios that a recipe expects, at `bits`; raises ValueError on an unknown name."""
+def recipe_vq(name: str, bits: float | None = 2, **changes) -> VQConfig:
+    """The codes that a recipe expects, at `bits` (2, 3, 4; None where k and d are given): candidates, starting ratios, assignment.
+
+    Of `best` that is error feedback, so that `quantize` needs `hessians`. ValueError on an unknown name or values that disagree.
+    """
     return _named(name).vq.replace(**({"bits": bits, "k": None, "d": None} | changes))
 
 

@@ -25,7 +25,7 @@ def step(explorer):
 
 
 def pause_and_resume(lab, explorer):
-    explorer.until("^running: step .* left$")
+    explorer.until("^running: iteration .* left$")
     explorer.until_picture_is_not(explorer.picture)
     explorer.button("Pause").click()
     explorer.until("^paused")

@@ -93,7 +93,7 @@ def calibration(pipe, out, iterations=6, candidates=2):
 
 def test_a_run_is_paused_resumed_stopped_and_taken_up_again(pipe, tmp_path):
     view = explore.run(calibration(pipe, tmp_path / "run", iterations=100_000), tmp_path)
-    assert "running: step" in view.still().caption and "left" in view.shown.caption
+    assert "running: iteration" in view.still().caption and "left" in view.shown.caption
     view.pause()
     held = -1
     while held != len(view.records):  # the step that is being made
@@ -106,7 +106,7 @@ def test_a_run_is_paused_resumed_stopped_and_taken_up_again(pipe, tmp_path):
         time.sleep(0.01)
     view.stop()
     view.wait(PATIENCE)
-    assert f"stopped: step {len(view.records)} of 100000" in view.shown.caption and len(view.records) > held
+    assert f"stopped: iteration {len(view.records)} of 100000" in view.shown.caption and len(view.records) > held
     again = calibration(pipe, tmp_path / "run", iterations=100_000)
     assert again.iteration == len(view.records)  # nothing lost, and the folder is free
     again.close()
@@ -115,10 +115,10 @@ def test_a_run_is_paused_resumed_stopped_and_taken_up_again(pipe, tmp_path):
 def test_a_finished_run_gives_the_packed_model_and_its_records(pipe, tmp_path):
     view = explore.run(calibration(pipe, tmp_path / "run"), tmp_path)
     packed = view.finish()
-    assert view.state == "finished" and "step 6 of 6" in view.shown.caption
+    assert view.state == "finished" and "iteration 6 of 6" in view.shown.caption
     assert vqlib.size_report(packed).attrs["bits_per_weight"] < 3
     assert [r.iteration for r in vqlib.read_records(tmp_path / "run")] == list(range(1, 7))
-    assert "step 6 of 6" in explore.run(calibration(pipe, tmp_path / "run"), tmp_path).still().caption
+    assert "iteration 6 of 6" in explore.run(calibration(pipe, tmp_path / "run"), tmp_path).still().caption
 
 
 def test_a_cell_that_awaits_a_run_leaves_the_loop_free(pipe, tmp_path):
@@ -129,7 +129,7 @@ def test_a_cell_that_awaits_a_run_leaves_the_loop_free(pipe, tmp_path):
         return view, await view.finished()
 
     view, packed = asyncio.run(cells())
-    assert view.state == "stopped" and f"stopped: step {len(view.records)} of" in view.shown.caption
+    assert view.state == "stopped" and f"stopped: iteration {len(view.records)} of" in view.shown.caption
     assert vqlib.size_report(packed).attrs["bits_per_weight"] < 3
 
 

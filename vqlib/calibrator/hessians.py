@@ -24,7 +24,7 @@ def input_hessians(
 ) -> dict[str, Tensor]:
     """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
 
-    The inputs are those of `batches` calibration steps of `config`: the same trajectories, labels and guidance halves.
+    The inputs are those of `batches` iterations of `config`: the same trajectories, labels and guidance halves.
     ‖(W − Ŵ) x‖² averaged over them is tr((W − Ŵ) H (W − Ŵ)ᵀ). Layers that are given one tensor, as q, k and v are, share theirs.
     """
     require_batches(batches)

@@ -111,7 +111,7 @@ class RunView(View):
 
     def _caption(self, frame: pd.DataFrame) -> str:
         done, total = int(frame["iteration"].iloc[-1]), self.calibration.config.iterations
-        parts = [f"{self.state}: step {done} of {total}", f"block loss {frame['loss'].iloc[-1]:.4g}"]
+        parts = [f"{self.state}: iteration {done} of {total}", f"block loss {frame['loss'].iloc[-1]:.4g}"]
         if "frozen" in frame:
             parts.append(f"frozen {frame['frozen'].iloc[-1]:.1%}")
         seconds = frame["seconds"].tail(ETA_STEPS).mean()

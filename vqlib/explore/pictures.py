@@ -196,7 +196,7 @@ class ImageView(View):
         tensors = [p for p in model.parameters() if p.is_floating_point()]
         bits = 8 * max((p.element_size() for p in tensors), default=0)
         size = sum(p.numel() * p.element_size() for p in tensors)
-        return f"{bits} bits, {size / 2**20:.1f} MiB"
+        return f"{bits} bits, {size / 2**20:.1f} MiB in memory"
 
     def _grid(
         self, reference: Tensor, other: Tensor, settings: Settings, title: str | None, titled: bool = False

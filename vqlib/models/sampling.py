@@ -47,7 +47,11 @@ def sample(
     progress: bool = False,
     preview: Preview | None = None,
 ) -> Tensor:
-    """One image per (label, seed): uint8 [B, C, H, W] on the CPU. Arguments as in `sample_batches`."""
+    """One image per (label, seed), B of each: uint8 [B, C, H, W] on the CPU.
+
+    `steps` and `guidance_scale` override the config. `preview(done, latents)` is called after each step with the number of
+    steps done and x [b, C, h, w] of a batch; if it returns False, SamplingCancelled is raised. Other errors: see `sample_batches`.
+    """
     options = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress, "preview": preview}
     batches = sample_batches(pipe, class_labels, seeds, config, **options)
     return torch.cat(list(batches))  # [b, C, H, W] each -> [B, C, H, W]

@@ -65,7 +65,7 @@ class TableConfig:
         """Every condition that the rows share."""
         return (
             f"{self.model}: {self.images} images, CFG {self.guidance_scale}, seeds from 0, reference {self.reference}, "
-            f"{self.iterations} calibration steps (recipe {self.recipe}). † quoted, in Inception's features."
+            f"{self.iterations} iterations of calibration (recipe {self.recipe}). † quoted, in Inception's features."
         )
 
     def calibration(self, name: str | None = None) -> CalibrationConfig:

@@ -25,7 +25,7 @@ class Baseline:
     """A transformer of one method and what it takes to store.
 
     bits_per_weight: of the quantized linears' weights, with codebooks or float16 scales and zero points; size_bytes:
-    the whole transformer with that, every other tensor in float16 and copies once; seconds: of calibration steps.
+    the whole transformer with that, every other tensor in float16 and copies once; seconds: of training iterations.
     """
 
     model: nn.Module
