@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from vqlib.config import CalibrationConfig, SamplingConfig, recipe_distillation
 from vqlib.evaluation.frechet import bootstrap_interval, frechet_from_statistics, interval, replicates
@@ -14,9 +15,10 @@ from vqlib.quantizer.codebook import fit_codebook
 from vqlib.studies.ablations import Ablation
 from vqlib.studies.baselines.additive import Additive, learn, least_squares, search, total
 from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Moments
-from vqlib.studies.baselines.lattice import Lattice, e8p, gaussian_scale, rotation
+from vqlib.studies.baselines.gptq import GPTQ
+from vqlib.studies.baselines.lattice import Lattice, LatticeLinear, e8p, gaussian_scale, rotation
 from vqlib.studies.baselines.low_rank import LowRank, low_rank
-from vqlib.studies.baselines.made import Trained
+from vqlib.studies.baselines.made import Trained, rates
 from vqlib.studies.few_bits import MOVING, NONE, Choice, Compared, choices
 
 SIZES = {"batch_size": 4, "steps": 4, "iterations": 3}
@@ -132,9 +134,34 @@ def test_the_low_rank_part_is_the_best_in_the_metric_of_the_inputs():
 
 
 def test_a_rival_refuses_a_training_that_it_would_not_follow():
-    for change in ({"lr_latents": 6e-3}, {"path": "teacher"}, {"products": "bfloat16"}):
-        with pytest.raises(ValueError, match="trained on its own path, its codes as they are, in float32, not with"):
-            Trained(MOMENTS, OUTPUT.replace(**change))
+    others = {"lr_latents": 6e-3, "path": "teacher", "products": "bfloat16", "activation_checkpointing": True}
+    for name, value in (others | {"train_biases": False, "train_codebooks": "never"}).items():
+        with pytest.raises(ValueError, match=f"its codes as they are, in float32, not with {name}={value!r}"):
+            Trained(MOMENTS, OUTPUT.replace(**{name: value}))
+
+
+def test_a_rivals_parameters_move_by_the_same_share_of_themselves(pipe):
+    layer = next(iter(structure.quantizable(pipe.transformer).values()))
+    points = gaussian_scale(e8p()) * e8p()
+    turns = [rotation(n, torch.Generator().manual_seed(0)) for n in layer.weight.shape]
+    made = LatticeLinear(layer, torch.eye(layer.in_features), *turns, points, trained=True)
+    found, size = rates([made], OUTPUT), float(made.weight().square().mean().sqrt())
+    assert found[made.bias] == OUTPUT.lr_codebooks
+    assert found[made.rows] == found[made.columns] == pytest.approx(OUTPUT.lr_codebooks / size)  # gains of 1
+    shared = nn.Parameter(torch.full((4,), 3.0))
+    made.own, other = shared, LatticeLinear(layer, torch.eye(layer.in_features), *turns, points, trained=False)
+    other.own = shared
+    assert rates([made, other], OUTPUT)[shared] == pytest.approx(3.0 * OUTPUT.lr_codebooks / size)
+    assert len(rates([made, other], OUTPUT)) == 5  # the other's bias, and the shared one once
+
+
+@pytest.mark.parametrize("method", [LowRank(UNTRAINED), GPTQ(2, 16, MOMENTS)])
+def test_a_wrapped_transformer_is_quantized_like_the_one_inside(method):
+    pipe = tiny.pipeline(blocks=1)
+    plain, wrapped = (method.build(p) for p in (pipe, pipe.with_transformer(nn.DataParallel(pipe.transformer))))
+    assert wrapped.size_bytes == plain.size_bytes and wrapped.bits_per_weight == plain.bits_per_weight
+    layers = structure.quantizable(wrapped.model)
+    assert all(torch.equal(layer.weight, plain.model.get_submodule(name).weight) for name, layer in layers.items())
 
 
 def test_a_width_that_codes_do_not_divide_is_refused_by_name(pipe):

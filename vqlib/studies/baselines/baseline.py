@@ -49,7 +49,9 @@ class FullPrecision:
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
         weights = [layer.weight for layer in structure.quantizable(pipe.transformer).values()]
         bits = 16 if all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in weights) else 32
-        return Baseline(pipe.transformer, float(bits), stored_bytes(pipe.transformer, f"float{bits}"))
+        return Baseline(
+            pipe.transformer, float(bits), stored_bytes(structure.unwrapped(pipe.transformer), f"float{bits}")
+        )
 
 
 def packed(model: nn.Module, seconds: float = 0.0) -> Baseline:
@@ -69,7 +71,7 @@ def uniform(
     for name, layer in structure.quantizable(transformer).items():
         if group_size is not None and (group_size < 1 or layer.in_features % group_size):
             raise ValueError(f"in_features {layer.in_features} is not divisible by group_size={group_size} ({name})")
-    model = copy.deepcopy(transformer).eval()
+    model = copy.deepcopy(structure.unwrapped(transformer)).eval()
     layers = structure.quantizable(model)
     for name, layer in layers.items():
         layer.weight = nn.Parameter(quantized(name, layer).to(layer.weight.dtype), requires_grad=False)

@@ -1,8 +1,8 @@
 """What rival codes share: layers whose weight is made of what a method stores, trained on the model's output or not.
 
 The training is that of VQ4DiT's last stage (`vqlib.distill`): the same paths, the same loss, the same optimizer, with
-whatever the method holds besides its codes as parameters. So a table can tell what codes are worth from what training is.
-Scales, gains, factors and codebooks are stored in float16, as they are counted: they are rounded to it at the end.
+whatever the method holds besides its codes as parameters, each at the rate of the codebooks there, relative to its size. So
+a table can tell what codes are worth from what training is. What is stored is rounded to float16 at the end, as it is counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class MadeLinear(nn.Module):
         return linear(x, self.weight(), self.bias)
 
 
+FOLLOWED = {"path": "student", "lr_latents": 0.0, "products": "float32", "activation_checkpointing": False}
+FOLLOWED |= {"train_codebooks": "always", "train_biases": True}
 Layers = Mapping[str, nn.Linear]
 Make = Callable[[Layers, Mapping[str, Tensor]], Mapping[str, MadeLinear]]
 
@@ -64,12 +66,15 @@ class Trained:
 
     moments: Moments
     distillation: CalibrationConfig | None = None
+    version: int = 2  # one more whenever the same settings begin to give something else: kept rows are found by it
 
     def __post_init__(self) -> None:
-        how = self.distillation
-        if how and (how.path, how.lr_latents, how.products) != ("student", 0.0, "float32"):
-            given = f"path={how.path!r}, lr_latents={how.lr_latents}, products={how.products!r}"
-            raise ValueError(f"a rival is trained on its own path, its codes as they are, in float32, not with {given}")
+        given = {name: getattr(self.distillation, name) for name in FOLLOWED} if self.distillation else FOLLOWED
+        if given != FOLLOWED:
+            told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != FOLLOWED[name])
+            raise ValueError(
+                f"a rival is trained whole, on its own path, its codes as they are, in float32, not with {told}"
+            )
 
     def seeded(self, seed: int) -> Trained:
         """The same on other trajectories, for second moments and for training."""
@@ -91,8 +96,8 @@ def build(pipe: Pipeline, folder: Path | None, how: Trained, make: Make) -> Base
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(kept, found[0], {"about": json.dumps(found[1])})
     tensors, about = found
-    model = copy.deepcopy(pipe.transformer)
-    model.load_state_dict({name: t.to(pipe.device) for name, t in tensors.items()}, strict=False)
+    model = copy.deepcopy(structure.unwrapped(pipe.transformer))
+    model.load_state_dict(model.state_dict() | {name: t.to(pipe.device) for name, t in tensors.items()})
     count = sum(layer.weight.numel() for layer in layers.values())
     rest = stored_bytes(model, "float16", without={f"{name}.weight" for name in layers})
     return Baseline(model, about["bits"] / count, rest + about["bits"] // 8, about["seconds"])
@@ -110,34 +115,49 @@ def _kept(path: Path | None) -> tuple[dict[str, Tensor], dict] | None:
 
 
 def _made(pipe: Pipeline, layers: Layers, how: Trained, make: Make) -> tuple[dict[str, Tensor], dict]:
-    hessians = input_hessians(pipe, how.moments.inputs, how.moments.batches)
-    made, start = make(layers, hessians), time.monotonic()
+    hessians, seconds = input_hessians(pipe, how.moments.inputs, how.moments.batches), 0.0
+    made = make(layers, hessians)
     if how.distillation:
-        student = copy.deepcopy(pipe.transformer).requires_grad_(False)
+        student = copy.deepcopy(structure.unwrapped(pipe.transformer)).requires_grad_(False)
         for name, layer in made.items():
             structure.swap(student, name, layer)
-        _distill(pipe, student, list(made.values()), how.distillation)
-    _rounded(made.values())
+        seconds = _distill(pipe, student, list(made.values()), how.distillation)
+    with torch.no_grad():
+        for parameter in (p for layer in made.values() for p in layer.parameters()):
+            parameter.copy_(parameter.half())
     tensors = {f"{name}.weight": layer.weight().detach().float().contiguous() for name, layer in made.items()}
     tensors |= {f"{name}.bias": layer.bias.detach() for name, layer in made.items() if layer.bias is not None}
-    bits = sum(layer.stored_bits for layer in made.values())
-    return tensors, {"bits": bits, "seconds": time.monotonic() - start if how.distillation else 0.0}
+    return tensors, {"bits": sum(layer.stored_bits for layer in made.values()), "seconds": seconds}
 
 
-@torch.no_grad()
-def _rounded(layers: Iterable[MadeLinear]) -> None:
-    """What a layer stores beside its codes, but for the bias, to float16, in place."""
+def rates(layers: Sequence[MadeLinear], config: CalibrationConfig) -> dict[nn.Parameter, float]:
+    """The rate of everything that trains: `lr_codebooks` for biases and for what is as large as its layer's weights.
+
+    VQ4DiT's codewords are. A gain of 1 or a codebook in units of a row moves by the same share of itself at a rate as many
+    times larger. Sizes are root mean squares; of what layers share, beside the first one's weights.
+    """
+    found = {}
     for layer in layers:
+        size = _rms(layer.weight())
         for name, parameter in layer.named_parameters():
-            if name != "bias":
-                parameter.copy_(parameter.half())
+            if parameter.requires_grad and parameter not in found:
+                larger = 1.0 if name == "bias" or not size else _rms(parameter) / size
+                found[parameter] = config.lr_codebooks * (larger or 1.0)
+    return found
 
 
-def _distill(pipe: Pipeline, student: nn.Module, layers: list[MadeLinear], config: CalibrationConfig) -> None:
-    """Train the layers' parameters on the output, in place. FloatingPointError where the loss is not finite."""
-    parameters = list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.requires_grad))
-    optimizer, trajectory = BlockOptimizer(parameters, set(), config), Trajectory(pipe, config)
+def _rms(x: Tensor) -> float:
+    return float(x.detach().double().square().mean().sqrt())
+
+
+def _distill(pipe: Pipeline, student: nn.Module, layers: list[MadeLinear], config: CalibrationConfig) -> float:
+    """Train the layers' parameters on the output, in place; the seconds of all steps. FloatingPointError: the loss is not finite."""
+    trained = [
+        BlockOptimizer([p], set(), config.replace(lr_codebooks=rate)) for p, rate in rates(layers, config).items()
+    ]
+    trajectory = Trajectory(pipe, config)
     trajectory.stagger(partial(teacher_output, pipe))
+    start = time.monotonic()
     for iteration in range(1, config.iterations + 1):
         inputs, taken = trajectory.inputs(), trajectory.student_inputs()
         output = teacher_output(pipe, inputs)
@@ -147,5 +167,7 @@ def _distill(pipe: Pipeline, student: nn.Module, layers: list[MadeLinear], confi
             (distance_weight(config, output) * loss).backward()
         if not loss.isfinite():
             raise FloatingPointError(f"step {iteration}: the loss of a rival's output is {loss.item()}")
-        optimizer.step(iteration, loss.detach())
+        for optimizer in trained:
+            optimizer.step(iteration, loss.detach())
         trajectory.advance(output, led.detach())
+    return time.monotonic() - start
