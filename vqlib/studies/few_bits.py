@@ -8,7 +8,7 @@ Rows are made once and found again, as in every study; their images' features ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ from vqlib.studies.baselines.baseline import FullPrecision, Moments
 from vqlib.studies.baselines.lattice import Lattice
 from vqlib.studies.baselines.low_rank import LowRank
 from vqlib.studies.baselines.made import Trained
-from vqlib.studies.engines import complete, run
+from vqlib.studies.engines import Progress, complete, run
 from vqlib.studies.experiments import Method, VectorQuantized
 from vqlib.studies.on_ray import engine
 
@@ -66,6 +66,10 @@ class Choice:
         """What rows belong to that differ in their bits alone."""
         trained = {"": "", NONE: ", not on the output"}.get(self.last, ", on the output")
         return self.group + trained
+
+    def of(self, seeds: Iterable[int]) -> list[int]:
+        """Of these seeds the ones that the row is made with: all where codes move, else the first."""
+        return list(seeds)[: None if self.last == MOVING else 1]
 
     def method(self, seed: int) -> Method:
         """The row's method; full precision, which has no last stage, has no seed either."""
@@ -115,11 +119,11 @@ class Compared:
 
     @classmethod
     def of(cls, study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], resamples: int = 200) -> Compared:
-        """What of `rows` is finished, of full precision the first seed; replicates from the kept features of their images."""
+        """What of `rows` is finished; replicates from the kept features of their images."""
         reference, seeds = load_reference(study.reference), list(seeds)
         results, found = {}, {}
         for row in rows:
-            own = {seed: study.finished(row, seed) for seed in (seeds if row.last else seeds[:1])}
+            own = {seed: study.finished(row, seed) for seed in row.of(seeds)}
             own = {seed: result for seed, result in own.items() if result}
             if own:
                 parts = [
@@ -163,6 +167,15 @@ class Compared:
         return pd.DataFrame(records)
 
 
+def make(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], workers: int = 1) -> Iterator[Progress]:
+    """The rows that are not finished, by so many processes. RuntimeError at the end names what failed."""
+    seeds, last = list(seeds), None
+    wanted = [study.task(row, seed) for row in rows for seed in row.of(seeds)]
+    for last in run(study.folder, wanted, engine(workers=workers)):
+        yield last
+    complete([last])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m vqlib.studies.few_bits", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=BUNDLED, help="a bundled one, which has a reference of its own")
@@ -174,11 +187,8 @@ def main() -> None:
     options = parser.parse_args()
     study = Ablation(pipeline.load(options.model, device="auto"), options.folder, options.images)
     rows = choices() if options.rows is None else [choices()[i] for i in options.rows]
-    wanted = [study.task(row, seed) for row in rows for seed in (options.seeds if row.last else options.seeds[:1])]
-    for progress in run(options.folder, wanted, engine(workers=options.workers)):
+    for progress in make(study, rows, options.seeds, options.workers):
         print(progress, flush=True)
-        last = progress
-    complete([last])
     print(markdown(Compared.of(study, rows, options.seeds).summary()))
 
 
