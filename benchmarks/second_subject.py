@@ -19,7 +19,7 @@ from vqlib.config import SamplingConfig
 from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown
 from vqlib.models.pipeline import BUNDLED_FLOW, DATA
-from vqlib.studies.baselines.baseline import Baseline, packed
+from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, packed
 from vqlib.studies.experiments import measure
 from vqlib.studies.main_table import FOLDER as TABLES_FOLDER
 from vqlib.studies.main_table import TABLES, Bench, Row
@@ -38,7 +38,7 @@ def transformer(pipe: vqlib.Pipeline, method: str, bits: int | None, seed: int) 
     if method != LAST:
         return made
     sizes = {"iterations": TABLE.iterations, "guidance_scale": TABLE.guidance_scale}
-    settings = vqlib.recipe_distillation("best", seed=seed + 1000, **sizes)
+    settings = vqlib.recipe_distillation("best", seed=seed + OTHER_TRAJECTORIES, **sizes)
     folder = FOLDER / f"last-{bits}-bits-seed-{seed}"
     model = vqlib.distill(pipe, made.model, settings, out=folder).finish()  # a finished run has no step left
     return packed(model, made.seconds + sum(record.seconds for record in read_records(folder)))

@@ -1,5 +1,6 @@
 """Training of the bundled models: data with checked sums, and a killed training that goes on where it was."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -56,6 +57,25 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     list(training.train(FASHION.build_classifier(), loss, 8, config, tmp_path))
     with pytest.raises(ValueError, match="belongs to another configuration"):
         list(training.train(FASHION.build_classifier(), loss, 8, dataclasses.replace(config, steps=2), tmp_path))
+
+
+def test_a_run_on_other_data_other_weights_or_with_another_loss_is_refused(tmp_path):
+    config = training.TrainConfig("dit", steps=1, batch=4, lr=1e-3, warmup=1)
+    latents, labels = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+
+    def run(model, latents, **options):
+        list(training.train(model, losses.dit_loss(latents, labels, 10, **options), 8, config, tmp_path))
+        return model
+
+    start = FASHION.build_transformer()
+    other = copy.deepcopy(start)
+    other.proj_out_2.bias.data.add_(1e-3)
+    trained = run(copy.deepcopy(start), latents)
+    again = run(copy.deepcopy(start), latents)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in trained.state_dict().items())
+    for given in ((start, latents + 0.5, {}), (other, latents, {}), (start, latents, {"snr_cap": 0.01})):
+        with pytest.raises(ValueError, match="began with other weights, data or options of the loss"):
+            run(copy.deepcopy(given[0]), given[1], **given[2])
 
 
 def test_the_dit_loss_sees_every_part_of_the_output():

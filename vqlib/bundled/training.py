@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.system.files import write_tensors
+from vqlib.system.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ def train(
 
     `loss(model, index, generator)` gets int64 indices [batch] into `count` images, on the CPU like the generator, wherever
     the model is: a seed means the same draws on every device. Every random draw of step s comes from
-    a generator seeded with (seed, s), so a killed run goes on from `folder` exactly as if it had not been killed.
+    a generator seeded with (seed, s), so a killed run goes on from `folder` exactly as if it had not been killed. ValueError where
+    the run kept there has another configuration, or began with another loss: other weights to start from, data or options.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99))
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    start, minutes = _resume(model, optimizer, average, config, folder)
+    begins = _begins(model, loss, count, config)
+    start, minutes = _resume(model, optimizer, average, config, folder, begins)
     generator, total, summed, clock = torch.Generator(), 0.0, 0, time.monotonic()
     model.train()
     for step in range(start, config.steps):
@@ -84,7 +88,8 @@ def train(
         done = step + 1
         spent = minutes + (time.monotonic() - clock) / 60
         if done % config.checkpoint_every == 0 or done == config.steps:
-            _save(model, optimizer, average, config, folder, done, spent)
+            about = {"step": done, "minutes": spent, "begins": begins, "config": asdict(config)}
+            _save(model, optimizer, average, folder / f"{config.name}.safetensors", about)
         if done % log_every == 0 or done == config.steps:
             yield Progress(done, float(total / summed), done * config.batch, spent)
             total, summed = 0.0, 0
@@ -99,16 +104,26 @@ def finished(folder: str | Path, config: TrainConfig) -> Progress:
     return Progress(about["step"], math.nan, about["step"] * config.batch, about["minutes"])
 
 
-def _save(model, optimizer, average, config, folder: Path, step: int, minutes: float) -> None:
+@torch.no_grad()
+def _begins(model, loss, count: int, config: TrainConfig) -> tuple[str, float]:
+    """What tells a training's start: its weights' SHA-256, and the loss of its data and options where no weight is 0."""
+    generator, probe = torch.Generator().manual_seed(config.seed * 1_000_003), copy.deepcopy(model).eval()
+    for parameter in probe.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    return fingerprint(model), float(loss(probe, torch.randint(count, (config.batch,), generator=generator), generator))
+
+
+def _save(model, optimizer, average, path: Path, about: dict) -> None:
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in average.items()}
     for i, slot in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{i}.{k}": v for k, v in slot.items()}
-    about = json.dumps({"step": step, "minutes": minutes, "config": asdict(config)})
-    write_tensors(folder / f"{config.name}.safetensors", state, {"about": about})
+    write_tensors(path, state, {"about": json.dumps(about)})
 
 
-def _resume(model, optimizer, average, config: TrainConfig, folder: Path) -> tuple[int, float]:
+def _resume(
+    model, optimizer, average, config: TrainConfig, folder: Path, begins: tuple[str, float]
+) -> tuple[int, float]:
     path = folder / f"{config.name}.safetensors"
     if not path.exists():
         return 0, 0.0
@@ -116,6 +131,9 @@ def _resume(model, optimizer, average, config: TrainConfig, folder: Path) -> tup
         about = json.loads(file.metadata()["about"])
     if about["config"] != asdict(config):
         raise ValueError(f"{path} belongs to another configuration: {about['config']} (asked for {asdict(config)})")
+    weights, value = about["begins"]
+    if weights != begins[0] or not math.isclose(value, begins[1], rel_tol=1e-4):  # other threads move its last digits
+        raise ValueError(f"{path} began with other weights, data or options of the loss; remove it to train anew")
     state = load_file(path)
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     for name in average:
