@@ -60,8 +60,8 @@ def tell(options: argparse.Namespace, rows: list[dict]) -> None:
         f"{device_name(options.device, options.threads)}; {versions('diffusers')}.",
         f"{options.images} images, {TABLE.steps} of Euler's steps, CFG {TABLE.guidance_scale} in sampling and calibration alike, image i "
         f"with seed i, classes in turn; reference {TABLE.reference} ({count} pictures, every class equally often), features of the "
-        "bundled classifier (FD, not FID); 500 iterations of calibration and 500 of the last stage, codebooks in float32; minutes: of "
-        "iterations.",
+        f"bundled classifier (FD, not FID); {TABLE.iterations} iterations of calibration and as many of the last stage, codebooks in "
+        "float32; minutes: of iterations.",
         "",
         markdown(means(table), formats=formats),
     ]
