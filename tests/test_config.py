@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_vq
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_distillation, recipe_vq
 
 
 @pytest.mark.parametrize("bits, k, d", [(2, 256, 4), (3, 64, 2), (4, 256, 2)])
@@ -82,8 +82,12 @@ def test_a_recipe_is_laid_over_the_sizes_of_another_study():
     codes = best.codes(VQConfig(k=16, d=2, codebook_scope="model"), candidates=4)
     expected = {"k": 16, "d": 2, "codebook_scope": "model", "assignment": "error-feedback", "ratio_start": "leading"}
     assert codes == VQConfig(**expected, candidates=4)
-    run = best.run(CalibrationConfig(iterations=7, batch_size=3, steps=9, lr_codebooks=1.0))
-    assert (run.iterations, run.batch_size, run.steps, run.lr_codebooks) == (7, 3, 9, 3e-4)
+    base = CalibrationConfig(iterations=7, batch_size=3, steps=9, guidance_scale=3.5, lr_codebooks=1.0, seed=4)
+    sizes = {"batch_size": 3, "steps": 9, "guidance_scale": 3.5}
+    assert best.run(base) == recipe("best", iterations=7, **sizes)
+    assert best.last(base, iterations=8) == recipe_distillation("best", iterations=8, **sizes)
+    assert best.last(base).iterations == best.distillation.iterations  # which it sets itself
+    assert RECIPES["release"].run(base) == recipe("release", iterations=7, steps=9)  # guidance and batch are its own
 
 
 def test_numbers_of_numpy_are_as_good_as_pythons():

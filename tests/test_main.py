@@ -146,6 +146,37 @@ def test_a_recipe_changes_the_settings_it_is_made_of():
         assert shell._job(options).vq == recipe_vq("best", bits)
 
 
+def asked(*arguments):
+    """The job that these arguments stand for."""
+    return shell._job(shell._parser().parse_args(arguments))
+
+
+def test_every_stage_of_a_job_follows_the_presets_trajectory_whatever_the_recipe():
+    """FLUX is told guidance as an input: calibrated at another one it is another model."""
+    preset = ["--preset", "flux.1-dev-w2"]
+    for more in ([], ["--recipe", "best"]):
+        job = asked("calibrate", *preset, *more, "--distill", "100")
+        for stage in (job.calibration, job.distillation):
+            assert (stage.batch_size, stage.steps, stage.guidance_scale) == (4, 28, job.sampling.guidance_scale)
+    assert job.calibration.freeze_rule == "schedule" and job.distillation.iterations == 100
+    own = asked("calibrate", *preset, "--recipe", "release").calibration
+    assert (own.steps, own.guidance_scale) == (28, RECIPES["release"].calibration.guidance_scale)
+
+
+def test_a_table_calibrates_as_the_job_does(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(shell, "_load", lambda *_: None)
+    monkeypatch.setattr(shell, "make_table", lambda config, *a, **o: seen.append(config) or shell.pd.DataFrame())
+    sizes = ["--set", "calibration.batch_size=2", "--set", "calibration.guidance_scale=2.5"]
+    mini, flux = ["--preset", "dit-mini-fashion-w2"], ["--preset", "flux.1-dev-w2"]
+    flux += ["--set", "reference=fashion-mnist-test"]
+    for job in ([*flux, "--recipe", "best", "--seed", "3"], [*flux, *sizes], [*mini, "--recipe", "release"]):
+        shell.main(["table", *job, "--out", str(tmp_path)])
+        assert seen[-1].calibration() == asked("calibrate", *job).calibration
+    with pytest.raises(SystemExit, match="--set calibration.batch_size: a table has recipe 'release' with its own"):
+        shell.main(["table", *mini, *sizes, "--recipe", "release", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -41,7 +41,8 @@ from vqlib.studies.presets import PRESETS, Preset, preset
 from vqlib.system.files import replacing
 
 TABLE_SETTINGS = (
-    *("images", "reference", "vq.bits", "calibration.iterations"),
+    *("images", "reference", "vq.bits"),
+    *("calibration.iterations", "calibration.steps", "calibration.guidance_scale", "calibration.batch_size"),
     *("sampling.steps", "sampling.guidance_scale", "sampling.batch_size"),
 )
 DISTILLING = ("estimate", "calibrate", "sample", "evaluate")
@@ -66,6 +67,11 @@ def check(job: Preset, options: argparse.Namespace) -> None:
         raise ValueError(f"--distill {options.distill}: a number from 0, of {', '.join(DISTILLING)}")
     if options.command == "table" and unused:
         raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
+    if options.command == "table":
+        made = _table(job, options).calibration()
+        others = [name for name, value in job.calibration.to_dict().items() if value != getattr(made, name)]
+        if others:
+            raise ValueError(f"--set calibration.{others[0]}: a table has recipe {options.recipe!r} with its own")
     options.device, options.out = models.device_of(options.device), options.out.expanduser()
     if options.command == "estimate":
         return
@@ -125,22 +131,8 @@ def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:
     """Full precision, k-means and the calibrated model, as CSV and LaTeX."""
-    config = TableConfig(
-        model=options.model or job.model,
-        reference=_reference(job),
-        images=job.images,
-        steps=job.sampling.steps,
-        guidance_scale=job.sampling.guidance_scale,
-        batch_size=job.sampling.batch_size,
-        iterations=job.calibration.iterations,
-        recipe=options.recipe,
-        seed=options.seed,
-        methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
-        longer=(),
-    )
-    rows = make_table(
-        config, options.out / "table", options.workers, pipe=_load(job, options), on=options.on, store=options.store
-    )
+    config, pipe = _table(job, options), _load(job, options)
+    rows = make_table(config, options.out / "table", options.workers, pipe=pipe, on=options.on, store=options.store)
     save_table(rows, options.out / "table" / "table")
     print(markdown(rows), f"table: {options.out / 'table' / 'table'}.csv, .tex", sep="\n")
 
@@ -182,15 +174,31 @@ def _job(options: argparse.Namespace) -> Preset:
     options.out = options.out or models.DATA / "runs" / options.preset
     settings = dict(_setting(text) for text in options.set)
     job = preset(options.preset)
-    if options.recipe != "paper":
-        chosen = RECIPES[options.recipe]
-        run = chosen.calibration.replace(checkpoint_every=job.calibration.checkpoint_every)
-        job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=run)
+    chosen = RECIPES[options.recipe]
+    job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=chosen.run(job.calibration, seed=options.seed))
     last = {name: value for name, value in settings.items() if name.startswith("distillation.")}
     job = job.with_settings({name: value for name, value in settings.items() if name not in last})
     return job.distilled(max(0, options.distill)).with_settings(
         last
     )  # the last stage has calibration's sizes as they are set
+
+
+def _table(job: Preset, options: argparse.Namespace) -> TableConfig:
+    """The job as a table of k-means and its recipe at its bits."""
+    return TableConfig(
+        model=options.model or job.model,
+        reference=_reference(job),
+        images=job.images,
+        steps=job.sampling.steps,
+        guidance_scale=job.sampling.guidance_scale,
+        batch_size=job.sampling.batch_size,
+        iterations=job.calibration.iterations,
+        base=job.calibration,
+        recipe=options.recipe,
+        seed=options.seed,
+        methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
+        longer=(),
+    )
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -196,9 +196,19 @@ class Recipe:
         return base.replace(**(own | changes))
 
     def run(self, base: CalibrationConfig, **changes) -> CalibrationConfig:
-        """This recipe's calibration with the length, batch, trajectory and checkpoints of `base`."""
-        sizes = {name: getattr(base, name) for name in ("iterations", "steps", "batch_size", "checkpoint_every")}
-        return self.calibration.replace(**(sizes | changes))
+        """This recipe's calibration with the length, batch, steps, guidance and checkpoints of `base`, but those that it sets itself."""
+        return _along(self.calibration, base, changes)
+
+    def last(self, base: CalibrationConfig, **changes) -> CalibrationConfig:
+        """The last stage of a recipe that has one, after the calibration `base`: along its trajectory, as `run` has it."""
+        return _along(self.distillation, base, changes)
+
+
+def _along(own: CalibrationConfig, base: CalibrationConfig, changes: dict) -> CalibrationConfig:
+    default = CalibrationConfig()
+    names = ("iterations", "batch_size", "steps", "guidance_scale", "checkpoint_every")
+    sizes = {name: getattr(base, name) for name in names if getattr(own, name) == getattr(default, name)}
+    return own.replace(**(sizes | changes))
 
 
 RECIPES = {
@@ -243,12 +253,12 @@ RECIPES = {
 
 def recipe(name: str, **changes) -> CalibrationConfig:
     """The calibration settings of a named recipe, with changes; raises ValueError on an unknown name."""
-    return _named(name).calibration.replace(**changes)
+    return named(name).calibration.replace(**changes)
 
 
 def recipe_distillation(name: str, **changes) -> CalibrationConfig:
     """The settings of a recipe's last stage, on the model's output; ValueError on an unknown name and where it has none."""
-    found = _named(name).distillation
+    found = named(name).distillation
     if found is None:
         raise ValueError(f"recipe {name!r} does not distill; of {sorted(RECIPES)} these do: {_distilling()}")
     return found.replace(**changes)
@@ -263,10 +273,11 @@ def recipe_vq(name: str, bits: float | None = 2, **changes) -> VQConfig:
 
     Of `best` that is error feedback, so that `quantize` needs `hessians`. ValueError on an unknown name or values that disagree.
     """
-    return _named(name).vq.replace(**({"bits": bits, "k": None, "d": None} | changes))
+    return named(name).vq.replace(**({"bits": bits, "k": None, "d": None} | changes))
 
 
-def _named(name: str) -> Recipe:
+def named(name: str) -> Recipe:
+    """The recipe of that name; raises ValueError on an unknown one."""
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is not one of {sorted(RECIPES)}")
     return RECIPES[name]

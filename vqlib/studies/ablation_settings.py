@@ -56,8 +56,7 @@ def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         yield Setting(group, "k-means", scoped.replace(candidates=1), None)
         for n in (1, 2, 3, 4):
             yield Setting(group, f"paper, n = {n}", scoped.replace(candidates=n), base)
-        run = release.run(base, batch_size=release.calibration.batch_size)
-        yield Setting(group, "release, n = 2", release.codes(scoped), run)
+        yield Setting(group, "release, n = 2", release.codes(scoped), release.run(base))
         for n in (1, 2):
             yield Setting(group, f"best, n = {n}", BEST.codes(scoped, candidates=n), BEST.run(base))
     longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes

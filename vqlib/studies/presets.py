@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe_distillation
+from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.blueprint import FLUX_DEV, PIXART_SIGMA_XL, SD35_MEDIUM, Blueprint
 from vqlib.models.geometry import Geometry, Sizes
@@ -44,10 +44,8 @@ class Preset:
             raise ValueError(f"images={self.images} must be 0 or more")
 
     def distilled(self, iterations: int) -> Preset:
-        """With recipe `best`'s last stage of so many iterations, at the batch, steps and guidance of calibration; 0: without."""
-        run = self.calibration
-        sizes = {name: getattr(run, name) for name in ("batch_size", "steps", "guidance_scale", "checkpoint_every")}
-        last = recipe_distillation("best", iterations=iterations, **sizes) if iterations else None
+        """With recipe `best`'s last stage of so many iterations, along the trajectory of calibration; 0: without."""
+        last = RECIPES["best"].last(self.calibration, iterations=iterations) if iterations else None
         return replace(self, distillation=last)
 
     @property

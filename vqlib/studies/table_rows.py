@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vqlib.calibrator.hessians import BATCHES
-from vqlib.config import CalibrationConfig, recipe
+from vqlib.config import CalibrationConfig, named
 from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW
 from vqlib.studies.paper_table import FULL_PRECISION
@@ -42,6 +42,7 @@ class TableConfig:
     guidance_scale: float = 1.5
     batch_size: int = 100  # images a forward
     iterations: int = 500  # of calibration
+    base: CalibrationConfig = CalibrationConfig()  # whose batch, trajectory and checkpoints a recipe takes
     recipe: str = "best"  # of every calibrated row but the paper's own
     shard: int = 1000  # images of a task; the figures do not depend on it
     hessian_batches: int = BATCHES
@@ -70,7 +71,7 @@ class TableConfig:
 
     def calibration(self, name: str | None = None) -> CalibrationConfig:
         """Of the calibrated rows, the paper's own or, without a name, every other one."""
-        return recipe(name or self.recipe, iterations=self.iterations, seed=self.seed)
+        return named(name or self.recipe).run(self.base, iterations=self.iterations, seed=self.seed)
 
     def replace(self, **changes) -> TableConfig:
         """With other values; methods may be lists, as JSON and notebooks have them."""
