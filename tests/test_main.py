@@ -1,4 +1,7 @@
 import json
+import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +108,8 @@ def test_evaluate_says_what_to_expect_where_that_is_known(tmp_path, monkeypatch,
     monkeypatch.setattr(shell, "_load", lambda *_: None)
     monkeypatch.setattr(shell, "_calibrated", lambda *_: None)
     monkeypatch.setattr(shell, "measure", lambda *a, **o: Row())
-    for changes, expected in (((), True), (("--set", "calibration.iterations=2"), False)):
+    others = ("--set", "calibration.iterations=2"), ("--distill", "2")
+    for changes, expected in (((), True), *((other, False) for other in others)):
         shell.main(["evaluate", "--preset", "dit-mini-fashion-w2", *changes, "--out", str(tmp_path)])
         assert ("expected: FD-5k (fashion) 1.28" in capsys.readouterr().out) is expected
 
@@ -161,6 +165,30 @@ def test_every_stage_of_a_job_follows_the_presets_trajectory_whatever_the_recipe
     assert job.calibration.freeze_rule == "schedule" and job.distillation.iterations == 100
     own = asked("calibrate", *preset, "--recipe", "release").calibration
     assert (own.steps, own.guidance_scale) == (28, RECIPES["release"].calibration.guidance_scale)
+
+
+def test_a_seed_is_that_of_every_stage_and_the_last_one_has_other_trajectories():
+    job = ["calibrate", "--preset", "dit-mini-fashion-w2", "--recipe", "best", "--distill", "100"]
+    for more, seed in (([], 0), (["--seed", "3"], 3), (["--set", "calibration.seed=1"], 1)):
+        made = asked(*job, *more)
+        assert (made.calibration.seed, made.distillation.seed) == (seed, seed + 1)
+
+
+def test_what_is_told_of_a_job_under_way_names_its_stage(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shell, "REPORT_EVERY", 0.01)
+    job, told = asked("calibrate", *JOB, "--distill", "5"), ""
+    with shell._watching(tmp_path, job):
+        for stage in ("calibration", "distillation"):
+            Path(shutil.copytree(folder / "calibration", tmp_path / "copy")).rename(tmp_path / stage)
+            for _ in range(500):
+                told += capsys.readouterr().out
+                if f"{stage}, iteration" in told:
+                    break
+                time.sleep(0.01)
+    assert [line.partition(":")[0] for line in told.splitlines()] == [
+        "calibration, iteration 2 of 2",
+        "distillation, iteration 2 of 5",
+    ]
 
 
 def test_a_table_calibrates_as_the_job_does(tmp_path, monkeypatch):

@@ -46,7 +46,8 @@ TABLE_SETTINGS = (
     *("sampling.steps", "sampling.guidance_scale", "sampling.batch_size"),
 )
 DISTILLING = ("estimate", "calibrate", "sample", "evaluate")
-REPORT_EVERY = 10.0  # seconds between two looks at a calibration's records
+REPORT_EVERY = 10.0  # seconds between two looks at a run's records
+SEED = "of codebooks, candidates and calibration, the last stage's is one more; images have seeds 0, 1, 2 …"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--store", default="", help="URL that keeps a table's rows where a cluster shares no file system"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that make a table's rows on the CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of codebooks and candidates; images have seeds 0, 1, 2 …")
+    parser.add_argument("--seed", type=int, default=0, help=SEED)
     return parser
 
 
@@ -219,24 +220,27 @@ def _load(job: Preset, options: argparse.Namespace) -> models.Pipeline:
 
 def _calibrated(pipe: models.Pipeline, job: Preset, options: argparse.Namespace) -> nn.Module:
     """The packed model of the job, made or, where it is finished, loaded; progress is read from the run's records."""
-    with _watching(options.out / "calibration", job.calibration.iterations):
+    with _watching(options.out, job):
         return packed_model(pipe, job.vq, job.calibration, options.out, options.seed, distillation=job.distillation)
 
 
 @contextmanager
-def _watching(folder: Path, iterations: int):
-    """Print the last record of a run now and then, while it goes on in this thread."""
+def _watching(folder: Path, job: Preset):
+    """Print the last record of a job's runs now and then, while they go on in this thread: each stage by its name."""
+    stages = {"calibration": job.calibration, "distillation": job.distillation}
     done = threading.Event()
 
     def watch() -> None:
-        shown = 0
+        shown = None
         while not done.wait(REPORT_EVERY):
-            records = read_records(folder) if (folder / "records.jsonl").exists() else []
-            if records and records[-1].iteration != shown:
-                record, shown = records[-1], records[-1].iteration
-                left = (iterations - shown) * record.seconds / 60
-                print(f"iteration {shown} of {iterations}: loss {record.loss:.4g}, {record.seconds:.2f} s each, "
-                      f"about {left:.1f} minutes left", flush=True)  # fmt: skip
+            begun = [name for name in stages if stages[name] and (folder / name / "records.jsonl").exists()]
+            records = read_records(folder / begun[-1]) if begun else []
+            if records and (begun[-1], records[-1].iteration) != shown:
+                shown = stage, iteration = begun[-1], records[-1].iteration
+                record, total = records[-1], stages[stage].iterations
+                left = (total - iteration) * record.seconds / 60
+                print(f"{stage}, iteration {iteration} of {total}: loss {record.loss:.4g}, {record.seconds:.2f} s each, "
+                      f"about {left:.1f} minutes left of it", flush=True)  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -200,8 +200,8 @@ class Recipe:
         return _along(self.calibration, base, changes)
 
     def last(self, base: CalibrationConfig, **changes) -> CalibrationConfig:
-        """The last stage of a recipe that has one, after the calibration `base`: along its trajectory, as `run` has it."""
-        return _along(self.distillation, base, changes)
+        """The last stage of a recipe that has one, after the calibration `base`: as `run` has it, from another seed than its."""
+        return _along(self.distillation, base, {"seed": base.seed + self.distillation.seed} | changes)
 
 
 def _along(own: CalibrationConfig, base: CalibrationConfig, changes: dict) -> CalibrationConfig:

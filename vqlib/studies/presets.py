@@ -55,8 +55,8 @@ class Preset:
 
     @property
     def expected(self) -> str:
-        """What the README's tables have for these codes and this calibration of dit-mini-fashion; empty where none is known."""
-        if self.geometry != BUNDLED_GEOMETRY or self.sampling != SamplingConfig():
+        """What the README's tables have for these codes and this calibration of dit-mini-fashion; empty where none is known, as after a last stage."""
+        if self.geometry != BUNDLED_GEOMETRY or self.sampling != SamplingConfig() or self.distillation:
             return ""
         found = (r.expected for r in RECIPES.values() if (r.vq, r.calibration) == (self.vq, self.calibration))
         return next(found, "")
