@@ -135,6 +135,22 @@ def test_a_stopped_run_may_be_asked_for_more_steps_and_other_checkpoints_but_not
         calibrate(pipe, student, SETTINGS, out=tmp_path)
 
 
+@pytest.mark.parametrize("timed", [{"lr_decay": "cosine"}, {"freeze_rule": "schedule"}], ids=lambda c: next(iter(c)))
+def test_a_run_whose_schedule_follows_its_length_is_not_made_longer(tmp_path, timed):
+    settings, (name, value) = SETTINGS.replace(**timed), *timed.items()
+    pipe, student = prepared()
+    run = calibrate(pipe, student, settings, out=tmp_path)
+    next(run)
+    run.close()
+    for other in (8, 4):
+        why = (
+            f"iterations=6, now calibration.iterations={other}, which {name}='{value}' follows; give .* another folder"
+        )
+        with pytest.raises(RuntimeError, match=why):
+            calibrate(pipe, student, settings.replace(iterations=other), out=tmp_path)
+    calibrate(pipe, student, settings.replace(checkpoint_every=1), out=tmp_path).close()
+
+
 def test_whatever_goes_wrong_in_a_step_gives_the_folder_back(tmp_path, monkeypatch):
     pipe, student = prepared()
     run = calibrate(pipe, student, SETTINGS, out=tmp_path)

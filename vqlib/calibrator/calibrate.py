@@ -48,9 +48,10 @@ def calibrate(
     """Calibrate `model` (from `quantize`) against `pipe.transformer`, in place; iterate for Records, then `.finish()`.
 
     With `out` the run is kept in that folder: a stopped run of the same settings, teacher and codes goes on from its last
-    checkpoint, whatever machine it was started on; `iterations` and `checkpoint_every` may differ. Raises RuntimeError where
-    the folder holds other settings or another process, ValueError where nothing is to be trained or the two models do not
-    belong together, FloatingPointError at the first loss or output that is not finite.
+    checkpoint, whatever machine it was started on; `checkpoint_every` may differ, and `iterations` where neither rates nor
+    freezing follow the length (lr_decay="constant", freeze_rule="threshold"). Raises RuntimeError where the folder holds
+    other settings or another process, ValueError where nothing is to be trained or the two models do not belong together,
+    FloatingPointError at the first loss or output that is not finite.
     """
     return Calibration(pipe, model, config or CalibrationConfig(), out)
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vqlib.system.files import copies, remove_remains, write_bytes, write_tensors
 
-# A stopped run may be asked for more steps; rates and timetables then follow the new length from there on. The others change no bit.
 MAY_DIFFER = ("calibration.iterations", "calibration.checkpoint_every", "calibration.activation_checkpointing")
+TIMELESS = {"lr_decay": "constant", "freeze_rule": "threshold"}  # else a step depends on how many the run will have
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,17 @@ class RunFolder:
             write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
-        """Keep the settings of a new run, compare those of an old one; what may differ is kept as it is from now on."""
+        """Keep the settings of a new run, compare those of an old one; what changes no step may differ, and is kept as it is now."""
         path = self.path / "run.json"
         settings = json.loads(json.dumps(settings))
         old = read_settings(path) if path.exists() else settings
+        given = settings.get("calibration", {})
+        timed = [f"{name}={given[name]!r}" for name in TIMELESS if given.get(name, TIMELESS[name]) != TIMELESS[name]]
         for key, before, now in differences(old, settings):
-            if key not in MAY_DIFFER:
-                raise RuntimeError(
-                    f"{self.path} holds a run with {key}={before}, now {key}={now}; give `out` another folder"
-                )
+            follows = f", which {timed[0]} follows" if timed and key == "calibration.iterations" else ""
+            if key not in MAY_DIFFER or follows:
+                found = f"{self.path} holds a run with {key}={before}, now {key}={now}"
+                raise RuntimeError(f"{found}{follows}; give `out` another folder")
         if old != settings or not path.exists():
             write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
 
