@@ -121,6 +121,20 @@ def test_every_stage_gathers_the_second_moments_of_its_own_layers(pipe, tmp_path
         calibrate_in_stages(pipe, vq, config, 2, batches=0)
 
 
+@pytest.mark.parametrize("assignment", ["nearest", "error-feedback"])
+def test_patterns_that_fit_the_blocks_of_some_stages_only_are_those_of_the_whole_model(pipe, assignment):
+    """The last stage has nothing to quantize."""
+    patterns = {"layers": (("transformer_blocks.0.*", 8, 4),), "full_precision": ("transformer_blocks.2.*",)}
+    vq = VQ.replace(assignment=assignment, **patterns)
+    hessians = input_hessians(pipe, RUN, 1) if assignment == "error-feedback" else None
+    one = calibrate(pipe, quantize(pipe.transformer, vq, seed=3, hessians=hessians), RUN)
+    expected = seen(one), fingerprint(one.finish())
+    run = calibrate_in_stages(pipe, vq, RUN, BLOCKS, seed=3, batches=1)
+    assert (seen(run), fingerprint(run.finish())) == expected
+    with pytest.raises(ValueError, match="pattern 'blocks.7.*' fits none of the 21 layers"):
+        calibrate_in_stages(pipe, vq.replace(full_precision=("blocks.7.*",)), RUN, BLOCKS)
+
+
 def test_blocks_are_cut_as_equally_as_can_be():
     assert cut(28, 8) == [(0, 3), (3, 7), (7, 10), (10, 14), (14, 17), (17, 21), (21, 24), (24, 28)]
     assert cut(2, 1) == [(0, 2)] and cut(3, 3) == [(0, 1), (1, 2), (2, 3)]

@@ -16,10 +16,11 @@ from vqlib.quantizer.soft import soft_layers
 def prepare_parameters(student: nn.Module, config: CalibrationConfig) -> None:
     """Only logits, codebooks, layer scales and biases of the quantized layers are trained, in eval mode.
 
-    Raises ValueError where that leaves nothing.
+    Raises ValueError where that leaves nothing of layers that there are.
     """
     student.eval().requires_grad_(False)
-    for layer in soft_layers(student).values():
+    layers = soft_layers(student).values()
+    for layer in layers:
         if layer.logits is not None:
             layer.logits.requires_grad_(True)
         layer.codebook.requires_grad_(config.train_codebooks != "never")
@@ -31,7 +32,7 @@ def prepare_parameters(student: nn.Module, config: CalibrationConfig) -> None:
             layer.latents.requires_grad_(True)
         elif config.lr_latents:
             raise ValueError(f"lr_latents={config.lr_latents} moves assignments in vqlib.distill only")
-    if not any(p.requires_grad for p in student.parameters()):
+    if layers and not any(p.requires_grad for p in student.parameters()):
         raise ValueError("nothing to train: candidates=1, train_codebooks='never', train_biases=False")
 
 

@@ -28,7 +28,7 @@ from vqlib.models.modulation import SharedEmbedder
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden_layer
 from vqlib.packed.layer import VQLinear
-from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.quantize import quantize_layers
 from vqlib.quantizer.soft import soft_layers
 from vqlib.system.files import write_tensors
 from vqlib.system.memory import keep_freed_memory, peak_memory
@@ -80,9 +80,11 @@ class Stage:
         return given
 
     def quantize(self) -> None:
-        """Codebooks, candidates and ratios of the own layers."""
+        """Codebooks, candidates and ratios of the own layers: of those that `vq` takes, which may be none."""
         hessians = self.moments and self.moments.means()
-        student = quantize(self.pipe.transformer, self.vq, self.seed, hessians=hessians)
+        own = structure.quantizable(self.pipe.transformer).items()
+        taken = {name: layer for name, layer in own if self.vq.takes(name)}
+        student = quantize_layers(self.pipe.transformer, taken, self.vq, self.seed, hessians=hessians)
         self.moments = None
         prepare_parameters(student, self.config)
         self.layers = soft_layers(student)

@@ -41,8 +41,19 @@ def quantize(
     work is done.
     """
     transformer = structure.unwrapped(transformer)
-    hessians = {} if hessians is None or config.assignment == "nearest" else hessians
-    layers, seed = fitting_layers(transformer, config), as_seed("seed", seed)
+    return quantize_layers(transformer, fitting_layers(transformer, config), config, seed, cache, hessians)
+
+
+def quantize_layers(
+    transformer: nn.Module,
+    layers: dict[str, nn.Linear],
+    config: VQConfig,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """`quantize` for these of the linears that `fitting_layers` gives, even none; ValueError of seed and Hessians alone."""
+    hessians, seed = {} if hessians is None or config.assignment == "nearest" else hessians, as_seed("seed", seed)
     for name, layer in layers.items() if config.assignment != "nearest" else ():
         if name not in hessians:
             raise ValueError(

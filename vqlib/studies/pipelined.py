@@ -143,7 +143,6 @@ class Pipelined(Iterator[Record]):
         batches: int = BATCHES,
     ) -> None:
         require_independent(vq, config)
-        fitting_layers(pipe.transformer, vq)
         self.pipe, self.config, self.place, self.stages = pipe, config, place, range(stages)
         self.trajectory = Trajectory(pipe, config)
         self.iteration, self.begun = 0, 0
@@ -272,8 +271,10 @@ def calibrate_in_stages(
     """Quantize and calibrate `pipe` by that many stages; `on`: "ray", or "local" for all of them in this process.
 
     `device`, `needs`: of one stage on the cluster. batches: of second moments, where error feedback needs them (`input_hessians`).
+    Raises ValueError for codes that do not fit the model, as `quantize` does, before there is any stage.
     """
     require_independent(vq, config)
+    fitting_layers(pipe.transformer, vq)
     cuts = cut(len(structure.block_list(pipe.transformer)), stages)
     if on == "ray":
         place: Place = StagesOnRay(Source.of(pipe), device, vq, config, cuts, seed, needs or Needs())
