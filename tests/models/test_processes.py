@@ -2,13 +2,14 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.flow import FlowMatching
-from vqlib.models.schedulers import process_of
+from vqlib.models.schedulers import DDIM, DDPM, process_of
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
@@ -152,6 +153,16 @@ def test_zero_terminal_snr_leaves_nothing_of_the_signal_and_keeps_the_first_step
     assert math.isclose(mended.respace(4).alphas_cumprod[-1].item(), 0.0)
 
 
+@pytest.mark.parametrize("kind", [*DDPM, *DDIM])
+def test_what_a_config_leaves_unsaid_is_what_diffusers_class_has(kind):
+    config = {"_class_name": kind} | BETAS | ({"set_alpha_to_one": True} if kind == "PNDMScheduler" else {})
+    theirs = getattr(diffusers, kind).from_config(config)
+    theirs.set_timesteps(10)
+    process = process_of("it", config, learned=False, tokens=16).respace(10)
+    assert process.timesteps[-1] == theirs.timesteps[0]  # 900 of "leading", 999 of "linspace"
+    assert process.spacing == theirs.config.get("timestep_spacing", "linspace")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -162,6 +173,21 @@ def test_zero_terminal_snr_leaves_nothing_of_the_signal_and_keeps_the_first_step
         ({"trained_betas": [0.1]}, r"trained_betas \[0.1\] is not supported"),
         ({"thresholding": True}, "thresholding True"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ({"_class_name": "PNDMScheduler"}, "set_alpha_to_one False is not supported"),  # unsaid, it is False there
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas True"),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas True"),
+        ({"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"}, "final_sigmas_type 'sigma_min'"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+        ({"_class_name": "UniPCMultistepScheduler", "shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas True"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'continuous'"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"},
+            "interpolation_type 'log_linear'",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0}, "sigma_max 700.0"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas True"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02}, "shift_terminal 0.02"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas True"),
@@ -172,6 +198,12 @@ def test_zero_terminal_snr_leaves_nothing_of_the_signal_and_keeps_the_first_step
 def test_what_a_scheduler_says_is_heeded_or_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         process_of("it", {"_class_name": "DDIMScheduler"} | BETAS | config, learned=False, tokens=16)
+
+
+def test_sigmas_of_another_spacing_are_refused_with_a_learned_variance_too():
+    config = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True} | BETAS
+    with pytest.raises(ValueError, match="use_karras_sigmas True is not supported"):
+        process_of("it", config, learned=True, tokens=16)
 
 
 def test_more_steps_than_were_trained_with_are_refused():

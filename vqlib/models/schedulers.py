@@ -1,11 +1,16 @@
-"""What a scheduler_config.json says of the process a model was trained for: heeded, or refused by name."""
+"""What a scheduler_config.json says of the process a model was trained for: heeded, or refused by name.
+
+What it leaves unsaid is what diffusers' class of that name has. Of a solver, order and kind of its steps are not taken over;
+nothing is clipped (see `sampling`).
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
-from typing import Any
 
+import diffusers
 import torch
 
 from vqlib.models.ddpm import NoiseSchedule
@@ -19,8 +24,9 @@ DDIM = (  # whose betas are a DDPM's; solvers of the same equation, all sampled 
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
 )
-NEVER = {"trained_betas": (None,), "thresholding": (False,)}
-LEARNED = NEVER | {  # with a learned variance, whatever sampler the folder names; what it does not say being the first
+EVEN = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None))
+NEVER = EVEN | {"trained_betas": (None,), "thresholding": (False,), "use_lu_lambdas": (False, None)}
+LEARNED = NEVER | {  # with a learned variance, whatever sampler the folder names
     "prediction_type": ("epsilon",),
     "rescale_betas_zero_snr": (False,),
     "steps_offset": (0,),
@@ -33,13 +39,18 @@ FIXED = NEVER | {
     "variance_type": ("fixed_small", "fixed_large", None, "learned_range"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (-math.inf,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
 }
-STRAIGHT = {
+STRAIGHT = EVEN | {
     "invert_sigmas": (False,),
     "shift_terminal": (None, 0, False),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "stochastic_sampling": (False,),
     "time_shift_type": ("exponential", "linear"),
 }
@@ -58,6 +69,8 @@ def process_of(source: str, config: dict, learned: bool, tokens: int, ends_at_mi
         raise ValueError(
             f"{source}: scheduler {kind} has no betas of a DDPM (num_train_timesteps, beta_start, beta_end)"
         )
+    given = inspect.signature(getattr(diffusers, kind)).parameters.items()
+    config = {name: one.default for name, one in given} | config
     require(source, config, LEARNED if learned else FIXED)
     try:
         schedule = _betas(source, config)
@@ -68,7 +81,7 @@ def process_of(source: str, config: dict, learned: bool, tokens: int, ends_at_mi
             schedule,
             variance="large" if large else "small" if kind in DDPM else "none",
             prediction=config.get("prediction_type", "epsilon"),
-            spacing=config.get("timestep_spacing", "leading"),
+            spacing=config.get("timestep_spacing", "linspace"),  # as a solver has it that knows no other
             offset=config.get("steps_offset", 0),
         )
         return schedule.zero_terminal_snr if config.get("rescale_betas_zero_snr") else schedule
@@ -76,10 +89,10 @@ def process_of(source: str, config: dict, learned: bool, tokens: int, ends_at_mi
         raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
 
 
-def require(source: str, config: dict, allowed: dict[str, tuple], **unsaid: Any) -> None:
+def require(source: str, config: dict, allowed: dict[str, tuple]) -> None:
     """Raises ValueError for the first setting of a config that is none of the allowed; unsaid ones are the first."""
     for key, values in allowed.items():
-        if (found := config.get(key, unsaid.get(key, values[0]))) not in values:
+        if (found := config.get(key, values[0])) not in values:
             raise ValueError(f"{source}: {key} {found!r} is not supported, only {', '.join(map(repr, values))}")
 
 
