@@ -102,5 +102,17 @@ def flux() -> Pipeline:
     return Pipeline("FLUX", model, vae(4), FlowMatching(1.5), TEXTS, Flux(prompts(), side=8))
 
 
-__all__ = ["ALL", "SiT", "flux", "pixart", "plain_dit", "prompts", "sd3", "sit"]
+def others(pipe: Pipeline) -> dict[str, Pipeline]:
+    """An SD3 with the same weights and other outputs: by its prompts, how many there are, or its process."""
+    own = pipe.denoiser.prompts
+    moved = Prompts(own.texts, {name: rows + 0.01 for name, rows in own.tensors.items()})
+    fewer = Prompts(own.texts[1:], {name: rows[1:] for name, rows in own.tensors.items()})
+    return {
+        "denoiser.prompts": replace(pipe, denoiser=SD3(moved)),
+        "conditions": replace(pipe, denoiser=SD3(fewer), class_names=fewer.texts),
+        "process.shift": replace(pipe, schedule=replace(pipe.schedule, shift=9.0)),
+    }
+
+
+__all__ = ["ALL", "SiT", "flux", "others", "pixart", "plain_dit", "prompts", "sd3", "sit"]
 ALL = {"plain DiT": plain_dit, "SiT": sit, "PixArt": pixart, "SD3": sd3, "FLUX": flux}

@@ -45,7 +45,7 @@ def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, t
     for size in ("batch_size", "steps", "guidance_scale"):  # as --set has them, not as the preset
         assert made["distillation"][size] == made["calibration"][size]
     for made, asked in ((tmp_path, []), (folder, ["--distill", "2"]), (tmp_path, ["--distill", "3"])):
-        with pytest.raises(SystemExit, match="was made with distillation="):
+        with pytest.raises(SystemExit, match="was made with distillation(.iterations)?="):
             run("calibrate", made, *asked)
     with pytest.raises(SystemExit, match="--distill 2: a number from 0, of estimate, calibrate, sample, evaluate"):
         run("table", tmp_path, "--distill", "2")

@@ -1,5 +1,8 @@
 """Every family: quantize, calibrate, resume, pack, load, sample; and what its adapter tells the model."""
 
+import json
+from dataclasses import replace
+
 import families
 import pytest
 import torch
@@ -144,13 +147,22 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path):
         Prompts.load(tmp_path / "bad")
 
 
-def test_a_run_folder_belongs_to_its_prompts(tmp_path):
+def test_a_run_folder_belongs_to_its_prompts_and_its_process(tmp_path):
     pipe = families.sd3()
     run = calibrated(pipe, RUN, tmp_path / "run")
     next(run)
     run.checkpoint()
     run.close()
-    tensors = {n: rows + 1 for n, rows in pipe.denoiser.prompts.tensors.items()}
-    pipe.denoiser.prompts = Prompts(families.TEXTS, tensors)
-    with pytest.raises(RuntimeError, match="prompts"):
-        calibrated(pipe, RUN, tmp_path / "run")
+    for what, other in families.others(pipe).items():
+        with pytest.raises(RuntimeError, match=f"holds a run with pipeline.{what}="):
+            calibrated(other, RUN, tmp_path / "run")
+
+
+def test_a_pipelines_identity_is_all_that_counts_besides_weights(pipe):
+    """Equal for the pipeline made again, whatever its weights; as JSON reads it back; another for another process."""
+    found = pipe.identity()
+    again = families.ALL[pipe.name]()
+    next(again.transformer.parameters()).data += 1.0
+    assert json.loads(json.dumps(found)) == found == again.to("cpu").identity()
+    here = {"steps": 500} if pipe.name not in ("plain DiT", "PixArt") else {"prediction": "sample"}
+    assert replace(pipe, schedule=replace(pipe.schedule, **here)).identity() != found

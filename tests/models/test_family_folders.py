@@ -10,6 +10,7 @@ import vqlib
 from vqlib.models import flux, pixart, sd3
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.flow import FlowMatching
+from vqlib.studies.sources import Source
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -25,12 +26,16 @@ SCHEDULERS = {
 @pytest.fixture(params=SCHEDULERS)
 def folder(request, tmp_path):
     pipe, target = families.ALL[request.param](), tmp_path / request.param
+    saved(pipe, target)
+    return pipe, target
+
+
+def saved(pipe, target):
     pipe.transformer.save_pretrained(target / "transformer")
     pipe.vae.save_pretrained(target / "vae")
     (target / "scheduler").mkdir()
-    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULERS[request.param]))
+    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULERS[target.name]))
     (target / "model_index.json").write_text("{}")
-    return pipe, target
 
 
 def loaded(pipe, target, **more):
@@ -72,6 +77,18 @@ def test_prompts_are_asked_for_before_weights_are_read(folder):
         vqlib.load(target)
     with pytest.raises(FileNotFoundError, match="there is no file of prompts"):
         vqlib.load(target, prompts=target / "none.safetensors")
+
+
+def test_a_worker_has_the_prompts_that_the_study_names(tmp_path):
+    pipe, target = families.sd3(), tmp_path / "SD3"
+    saved(pipe, target)
+    moved = families.others(pipe)["denoiser.prompts"].denoiser.prompts
+    moved.save(target / "prompts.safetensors")
+    found = vqlib.load(target, prompts=pipe.denoiser.prompts.save(tmp_path / "own.safetensors"))
+    assert Source.of(found).load("cpu").identity() == found.identity()
+    unnamed = vqlib.load(target, prompts=pipe.denoiser.prompts)  # a worker finds those in the folder
+    with pytest.raises(RuntimeError, match="SD3 is another pipeline here: denoiser.prompts="):
+        Source.of(unnamed).load("cpu")
 
 
 class Encoders:

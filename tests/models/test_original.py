@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 import vqlib
 from vqlib.models import class_conditional, original
 from vqlib.models.flow import FlowMatching
+from vqlib.studies.sources import Source
 
 
 def transformer(blocks=2):
@@ -67,6 +68,8 @@ def test_the_same_file_is_a_sit_where_that_is_said(file, pipeline_folder):
     expected = -class_conditional.forward(pipe.transformer, x, torch.tensor([0.75, 0.5, 0.0]), y)[:, :4]
     torch.testing.assert_close(pipe.output(x, t, y, 1.0), expected)
     assert isinstance(pipe.schedule, FlowMatching) and pipe.schedule.shift == 1.0
+    again = Source.of(pipe).load("cpu")  # as a worker has it
+    assert again.denoiser.original and again.identity() == pipe.identity() and again.loaded_with == pipe.loaded_with
     with pytest.raises(ValueError, match="family 'uvit' is not one of dit, sit"):
         vqlib.load(weights, vae=pipeline_folder, family="uvit")
 

@@ -1,7 +1,9 @@
 """A row is computed once, goes on after a kill, and knows what it was made of."""
 
 import copy
+import dataclasses
 
+import families
 import pytest
 import tiny
 import torch
@@ -101,3 +103,19 @@ def test_equal_references_have_equal_fingerprints():
     assert found == experiments.reference_fingerprint(load_reference(STORED["fashion-mnist-test"]))
     assert found != experiments.reference_fingerprint(moved)
     assert reference.fingerprint == load_extractor("fashion").fingerprint
+
+
+def test_a_packed_model_belongs_to_its_prompts_and_its_process(tmp_path):
+    pipe, vq = families.sd3(), VQConfig(k=16, d=4, kmeans_iterations=2)
+    experiments.packed_model(pipe, vq, None, tmp_path)
+    for what, other in families.others(pipe).items():
+        with pytest.raises(RuntimeError, match=rf"packed was made with pipeline\.{what}="):
+            experiments.packed_model(other, vq, None, tmp_path)
+    experiments.packed_model(dataclasses.replace(pipe, name="elsewhere"), vq, None, tmp_path)
+
+
+def test_a_row_is_computed_again_for_another_process(tmp_path, sampled):
+    pipe = tiny.pipeline()
+    other = dataclasses.replace(pipe, schedule=dataclasses.replace(pipe.schedule, spacing="trailing"))
+    rows = [experiments.measure(p, p.transformer, 140, tmp_path, SAMPLING, REFERENCE) for p in (pipe, other, pipe)]
+    assert sampled == [140, 140] and rows[0] == rows[2] and rows[0].fd != rows[1].fd

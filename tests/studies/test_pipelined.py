@@ -1,5 +1,7 @@
 """A calibration cut into stages is the calibration of one process, bit for bit, resumed and cut otherwise, too."""
 
+from dataclasses import replace
+
 import families
 import pytest
 import tiny
@@ -10,10 +12,11 @@ from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.calibrator.stages import Stage
 from vqlib.config import CalibrationConfig, VQConfig, recipe
-from vqlib.models import structure
+from vqlib.models import pipeline, structure
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import soft_layers
-from vqlib.studies.pipelined import calibrate_in_stages, cut
+from vqlib.studies.pipelined import _Actor, calibrate_in_stages, cut
+from vqlib.studies.sources import Source
 from vqlib.system.fingerprint import fingerprint
 
 VQ = VQConfig(k=16, d=4, candidates=2, kmeans_iterations=3)
@@ -64,6 +67,9 @@ def test_a_stopped_run_goes_on_where_all_blocks_were_kept_and_may_be_cut_otherwi
     assert fingerprint(again.finish()) == expected[1]
     with pytest.raises(RuntimeError, match="holds a run with seed=3, now seed=4"):
         calibrate_in_stages(pipe, VQ, RUN, 2, seed=4, out=tmp_path)
+    other = replace(pipe, schedule=replace(pipe.schedule, spacing="trailing"))
+    with pytest.raises(RuntimeError, match="holds a run with pipeline.process.spacing=linspace, now .*=trailing"):
+        calibrate_in_stages(other, VQ, RUN, 2, seed=3, out=tmp_path)
 
 
 def test_a_kill_between_blocks_and_trajectory_leaves_the_checkpoint_before(pipe, tmp_path, monkeypatch):
@@ -102,6 +108,14 @@ def test_no_stage_holds_the_linears_of_others(pipe):
 def test_what_stages_cannot_do_is_refused(pipe, vq, config, message):
     with pytest.raises(ValueError, match=message):
         calibrate_in_stages(pipe, vq, config, 2)
+
+
+def test_an_actor_that_finds_another_pipeline_under_the_name_refuses_it(monkeypatch):
+    pipe = families.sd3()
+    for what, other in families.others(pipe).items():
+        monkeypatch.setattr(pipeline, "load", lambda name, other=other, **options: other)
+        with pytest.raises(RuntimeError, match=f"SD3 is another pipeline here: {what}="):
+            _Actor(Source.of(pipe), "cpu", VQ, RUN, (0, 1), 3, torch.get_num_threads())
 
 
 def test_every_stage_gathers_the_second_moments_of_its_own_layers(pipe, tmp_path):

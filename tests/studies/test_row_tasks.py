@@ -16,7 +16,8 @@ from vqlib.studies.engines import complete, run
 from vqlib.studies.experiments import measure
 from vqlib.studies.processes import Here
 from vqlib.studies.row_tasks import Evaluated, Made, Measuring, reblocked
-from vqlib.studies.tasks import rows_of
+from vqlib.studies.sources import Source
+from vqlib.studies.tasks import key_of, rows_of
 
 REFERENCE, SAMPLING, IMAGES = "fashion-mnist-test", SamplingConfig(steps=1), 1100
 
@@ -86,11 +87,27 @@ def test_a_pipeline_is_found_again_by_its_contents_only(pipe, monkeypatch):
     other = dataclasses.replace(how.source, transformer="0" * 64)
     loaded = []
     monkeypatch.setattr(pipeline, "load", lambda name, **options: loaded.append((name, options["device"])) or pipe)
-    with pytest.raises(RuntimeError, match="tiny has other weights here: SHA-256 .* the study's are 000000000000… and"):
+    with pytest.raises(RuntimeError, match=f"tiny is another pipeline here: transformer=.*, the study's is {'0' * 64}"):
         other.open("cpu")
     with pytest.raises(RuntimeError, match="this worker computes on cpu, the study's rows on NVIDIA H100"):
         how.source.open("NVIDIA H100")
     assert loaded == [("tiny", "cpu")]
+
+
+def test_models_shards_and_rows_belong_to_prompts_and_process():
+    pipe = families.sd3()
+    found = [row(one, 500) for one in (pipe, *families.others(pipe).values(), families.sd3())]
+    for keys in ([key_of(t) for t in found], [key_of(t.after()[0]) for t in found], [t.made.name for t in found]):
+        assert len(set(keys[:4])) == 4 and keys[4] == keys[0]
+
+
+def test_a_worker_that_finds_another_pipeline_under_the_name_refuses_it(monkeypatch):
+    pipe = families.sd3()
+    source = Source.of(pipe)
+    for what, other in families.others(pipe).items():
+        monkeypatch.setattr(pipeline, "load", lambda name, other=other, **options: other)
+        with pytest.raises(RuntimeError, match=f"SD3 is another pipeline here: {what}="):
+            source.load("cpu")
 
 
 def test_another_reference_than_the_study_was_begun_with_is_refused(pipe, tmp_path):

@@ -220,14 +220,14 @@ class Calibration(Iterator[Record]):
         return {name: flag for step in self.blocks for name, flag in step.settled.items()}
 
     def _settings(self) -> dict[str, Any]:
-        """What a run folder belongs to: the settings, the teacher and what the codes were asked to be, never their last bits."""
+        """What a run folder belongs to: settings, teacher, pipeline, what codes were asked to be, never their bits."""
         name, layer = next(iter(self.layers.items()))
         codes = {"layers": len(self.layers), "first_layer": name}
         codes |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         codes |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
         codes |= {"quantized_with": getattr(self.student, "quantized_with", None)}
-        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)} | self.pipe.denoiser.identity()
-        return {"calibration": self.config.to_dict(), "student": codes}
+        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)}
+        return {"calibration": self.config.to_dict(), "student": codes, "pipeline": self.pipe.identity()}
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"student.{n}.{k}": v for n, m in self.layers.items() for k, v in m.state_dict().items()}

@@ -59,7 +59,7 @@ class SiT(DiT):
         return torch.neg(velocity) if self.original else velocity
 
     def identity(self) -> dict[str, Any]:
-        return {"family": "sit", "original": self.original}
+        return {"original": self.original}
 
 
 def forward(transformer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:

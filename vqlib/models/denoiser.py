@@ -39,7 +39,7 @@ class Denoiser:
         """Raises ValueError where the transformer does not belong to this family, or to so many conditions."""
 
     def identity(self) -> dict[str, Any]:
-        """What a calibration's inputs depend on besides the model, for its run folder; JSON-safe."""
+        """What outputs depend on besides the transformer, JSON-safe; a class with settings or prompts overrides it."""
         return {}
 
 

@@ -47,7 +47,7 @@ class Flux(Denoiser):
         return unpack(velocity, rows, columns)
 
     def identity(self) -> dict[str, Any]:
-        return {"family": "flux", "side": self.side, "prompts": self.prompts.fingerprint()}
+        return {"side": self.side, "prompts": self.prompts.fingerprint()}
 
 
 def pack(x: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -19,6 +20,7 @@ from vqlib.models.flow import FlowMatching
 from vqlib.models.process import Process
 from vqlib.models.prompts import Prompts
 from vqlib.models.schedulers import FLOW, process_of
+from vqlib.system.fingerprint import digest
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 BUNDLED, BUNDLED_FLOW = "dit-mini-fashion", "sit-mini-emoji"  # the first unless another is named
@@ -41,6 +43,7 @@ class Pipeline:
     schedule: Process  # in all of its steps
     class_names: tuple[str, ...]  # what can be asked for by number: classes, or prompts
     denoiser: Denoiser | None = None  # how the transformer is driven; None: as its class is known
+    loaded_with: Mapping[str, Any] = field(default_factory=dict, compare=False)  # what `load` was asked besides
 
     def __post_init__(self) -> None:
         transformer = structure.unwrapped(self.transformer)
@@ -53,6 +56,15 @@ class Pipeline:
     def null_class(self) -> int:
         """The condition that stands for "none" in classifier-free guidance: the one after the last."""
         return len(self.class_names)
+
+    def identity(self) -> dict[str, Any]:
+        """What outputs depend on besides weights, JSON-safe: denoiser and prompts, number of conditions, process."""
+        process = {k: _told(v) for k, v in vars(self.schedule).items() if not isinstance(v, torch.device)}
+        return {
+            "denoiser": {"class": type(self.denoiser).__name__} | self.denoiser.identity(),
+            "conditions": len(self.class_names),
+            "process": {"class": type(self.schedule).__name__} | process,
+        }
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -124,7 +136,9 @@ def load(
     pipe = _load_original(path, vae, family) if single else _load_folder(name, prompts)
     if dtype != torch.float32:  # diffusers has something to say of every cast
         pipe.transformer.to(dtype)
-    return pipe.to(device)
+    named = None if isinstance(prompts, Prompts) else prompts  # tensors are not to be handed from process to process
+    asked = {"vae": str(vae), "dtype": dtype, "family": family, "prompts": named}
+    return replace(pipe.to(device), loaded_with=asked)
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -206,6 +220,13 @@ def _load_original(path: Path, vae: str | Path, family: str) -> Pipeline:
     names = tuple(str(i) for i in range(transformer.config.num_embeds_ada_norm))
     denoiser, schedule = ORIGINALS[family]
     return Pipeline(str(path), transformer, decoder, schedule, names, denoiser)
+
+
+def _told(value: Any) -> Any:
+    """A field of a process as JSON has it; a tensor by SHA-256, in float32: float64's last bits differ by machine."""
+    if isinstance(value, Tensor):
+        return digest([("", value.float())])
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _learned(process: Process) -> bool:

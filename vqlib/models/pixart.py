@@ -38,7 +38,7 @@ class PixArt(Denoiser):
         ).sample
 
     def identity(self) -> dict[str, Any]:
-        return {"family": "pixart", "prompts": self.prompts.fingerprint()}
+        return {"prompts": self.prompts.fingerprint()}
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Prompts:

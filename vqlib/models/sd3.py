@@ -33,7 +33,7 @@ class SD3(Denoiser):
         ).sample
 
     def identity(self) -> dict[str, Any]:
-        return {"family": "sd3", "prompts": self.prompts.fingerprint()}
+        return {"prompts": self.prompts.fingerprint()}
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Prompts:

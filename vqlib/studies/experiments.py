@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import input_hessians
-from vqlib.calibrator.runs import read_records
+from vqlib.calibrator.runs import differences, read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor
@@ -99,16 +99,17 @@ def measure(
 ) -> Metrics:
     """Metrics of `images` samples of `model`, classes in turn, image i with seed i.
 
-    The row in `folder` is found by the contents of model, VAE and reference and by all conditions: it is not computed
-    twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or path, the bundled
-    model's own unless one is given; `extractor`: its own unless one is given; `progress`: a bar over what is still to sample.
+    The row in `folder` is found by the contents of model, VAE and reference, by `Pipeline.identity` and all conditions:
+    it is not computed twice, and one that was killed goes on from its last batch. `reference`: a stored one, by name or
+    path, the bundled model's own unless one is given; `extractor`: its own unless one is given; `progress`: a bar over
+    what is still to sample.
     """
     reference = reference_of(pipe.name) if reference is None else reference
     shared = {"vae": fingerprint(pipe.vae), "reference": reference_fingerprint(load_reference(reference))}
     how = Conditions(
         images, sampling or SamplingConfig(), **shared, device=device_label(pipe.device), bootstrap=bootstrap
     )
-    rows, made_of = Rows(Path(folder)), (fingerprint(model), how)
+    rows, made_of = Rows(Path(folder)), (fingerprint(model), pipe.identity(), how)
     rows.make(
         lambda kept: _measured(pipe, model, how, reference, kept, extractor, progress).to_dict(), *made_of, wait=True
     )
@@ -171,13 +172,14 @@ def packed_model(
     """The packed transformer of one method, made in `folder` or, where it is finished already, loaded from there.
 
     settings: how it is calibrated; None for assignments alone. `moments`: see `VectorQuantized`. `distillation`: of the last
-    stage, None for none. A second process waits until the first is done. Raises RuntimeError where the folder's model was made from other weights or with other settings.
+    stage, None for none. A second process waits until the first is done. Raises RuntimeError where the folder's model
+    was made from other weights, for another pipeline or with other settings.
     """
     how, target = VectorQuantized(vq, settings, seed, moments, distillation), Path(folder).expanduser() / "packed"
     vq, moments = how.vq, how.moments
     fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
-    about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "quantization": vq.to_dict()}
-    about |= {"seed": seed, "calibration": settings and settings.to_dict()}
+    about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "pipeline": pipe.identity()}
+    about |= {"quantization": vq.to_dict(), "seed": seed, "calibration": settings and settings.to_dict()}
     about |= {"distillation": distillation and distillation.to_dict()}
     if moments:
         about |= {"inputs": moments.inputs.to_dict(), "hessian_batches": moments.batches}
@@ -203,8 +205,8 @@ def class_labels(pipe: Pipeline, images: int) -> Sequence[int]:
 def _loaded(target: Path, about: dict) -> nn.Module:
     packed = load_transformer(target)
     found = packed.hf_quantizer.quantization_config.provenance
-    for key, wanted in json.loads(json.dumps(about)).items():
-        if key != "source" and (made := found.get(key)) != wanted:  # the same weights may go by another name or path
+    for key, made, wanted in differences({key: found.get(key) for key in about}, json.loads(json.dumps(about))):
+        if key != "source":  # the same weights may go by another name or path
             raise RuntimeError(f"{target} was made with {key}={made}, now {key}={wanted}; give another folder")
     return packed
 

@@ -24,7 +24,7 @@ from vqlib.calibrator.runs import Record, RunFolder
 from vqlib.calibrator.stages import Stage, StageRecord, block_file, needs_moments, require_independent
 from vqlib.calibrator.trajectory import Inputs, Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
-from vqlib.models import pipeline, structure
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.checkpoint import attach
 from vqlib.quantizer.quantize import fitting_layers
@@ -114,11 +114,7 @@ class _Actor:
     def __init__(self, source: Source, device: str, *stage, threads: int = 1) -> None:
         *stage, threads = stage
         torch.set_num_threads(threads)
-        pipe = pipeline.load(source.name, vae=source.vae_name, device="cpu")
-        if fingerprint(pipe.transformer) != source.transformer:
-            raise RuntimeError(f"{source.name} has other weights here than where the calibration was begun")
-        vq, config, blocks, seed = stage
-        self.stage = Stage(pipe.to("cpu" if device == "cpu" else "cuda"), vq, config, blocks, seed)
+        self.stage = Stage(source.load(device), *stage)
 
     def call(self, method: str, *args):
         return getattr(self.stage, method)(*args)
@@ -149,7 +145,7 @@ class Pipelined(Iterator[Record]):
         self.records: deque = deque()  # what the stages will have seen in the steps that are begun
         settings = {"calibration": config.to_dict(), "quantization": vq.to_dict(), "seed": seed}
         settings |= {"batches": batches} if needs_moments(vq) else {}
-        settings["teacher_sha256"] = fingerprint(pipe.transformer)
+        settings |= {"teacher_sha256": fingerprint(pipe.transformer), "pipeline": pipe.identity()}
         self.folder: RunFolder | None = None
         try:
             self.folder = RunFolder(out, settings) if out is not None else None

@@ -67,10 +67,9 @@ class Measuring:
             raise ValueError(f"shard={self.shard} images: extractor {self.extractor!r} takes multiples of {batch}")
 
     @classmethod
-    def of(cls, pipe: Pipeline, reference: str | Path, vae_name: str = "", **rest) -> Measuring:
+    def of(cls, pipe: Pipeline, reference: str | Path, **rest) -> Measuring:
         """For a loaded pipeline and a stored reference; `rest`: other fields."""
-        source = Source.of(pipe, vae_name) if vae_name else Source.of(pipe)
-        found = load_reference(reference)
+        source, found = Source.of(pipe), load_reference(reference)
         rest = {"device": device_label(pipe.device)} | rest
         transformer = structure.unwrapped(pipe.transformer)
         geometry = Geometry.of(transformer.config) if isinstance(pipe.denoiser, DiT) else None
@@ -105,7 +104,7 @@ class Made:
 
     @property
     def name(self) -> str:
-        return f"{type(self.method).__name__}-{content_key(self.method, self.how.source.transformer)}"
+        return f"{type(self.method).__name__}-{content_key(self.method, *self.how.source.model)}"
 
     @property
     def needs(self) -> Needs:
@@ -120,7 +119,7 @@ class Made:
         return (f"models/{self.name}",)
 
     def made_of(self) -> tuple:
-        return "made", self.method, self.how.source.transformer
+        return "made", self.method, *self.how.source.model
 
     def after(self) -> tuple:
         return ()
@@ -162,7 +161,7 @@ class Shard:
     def made_of(self) -> tuple:
         how = self.made.how
         judged = how.source.vae, how.extractor, how.reference_sha256, how.device
-        return "shard", self.made.method, how.source.transformer, self.sampling, *judged, self.first, self.count
+        return "shard", self.made.method, *how.source.model, self.sampling, *judged, self.first, self.count
 
     def after(self) -> tuple:
         return (self.made,)
@@ -218,7 +217,7 @@ class Evaluated:
         how = self.made.how
         shared = {"vae": how.source.vae, "reference": how.reference_sha256, "device": how.device}
         conditions = Conditions(self.images, self.sampling, bootstrap=self.bootstrap, **shared)
-        return self.made.method, how.source.transformer, conditions
+        return self.made.method, *how.source.model, conditions
 
     def after(self) -> tuple[Shard, ...]:
         size = self.made.how.shard
