@@ -149,6 +149,14 @@ def test_patterns_that_fit_the_blocks_of_some_stages_only_are_those_of_the_whole
         calibrate_in_stages(pipe, vq.replace(full_precision=("blocks.7.*",)), RUN, BLOCKS)
 
 
+def test_layers_in_full_precision_are_copies_of_the_models(pipe):
+    vq, before = VQ.replace(full_precision=("*.ff.net.2",)), fingerprint(pipe.transformer)
+    packed = calibrate_in_stages(pipe, vq, RUN.replace(iterations=1), 2, seed=3).finish()
+    left, name = packed.state_dict(), "transformer_blocks.0.ff.net.2.weight"
+    assert fingerprint(pipe.transformer) == before
+    assert torch.equal(left[name], pipe.transformer.state_dict()[name].half().float())
+
+
 def test_blocks_are_cut_as_equally_as_can_be():
     assert cut(28, 8) == [(0, 3), (3, 7), (7, 10), (10, 14), (14, 17), (17, 21), (21, 24), (24, 28)]
     assert cut(2, 1) == [(0, 2)] and cut(3, 3) == [(0, 1), (1, 2), (2, 3)]

@@ -288,8 +288,8 @@ def _joined(iteration: int, seen: Sequence[StageRecord], seconds: float) -> Reco
 
 def _with_layers(transformer: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     """A packed transformer: the original's copy with these layers in place of its own."""
-    dense = structure.quantizable(transformer)
-    packed = copy.deepcopy(transformer, {id(layer): layer for layer in dense.values()})  # shared, not copied
+    replaced = [transformer.get_submodule(name) for name in layers]
+    packed = copy.deepcopy(transformer, {id(layer): layer for layer in replaced})  # shared, not copied
     device = next(transformer.parameters()).device
     for name, layer in layers.items():
         structure.swap(packed, name, layer.to(device))
