@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
-from vqlib.evaluation.extractors import load_extractor
+from vqlib.evaluation.extractors import Extractor, load_extractor
 from vqlib.evaluation.references import STORED, load_reference
 from vqlib.models.sampling import sample
 from vqlib.studies import experiments
@@ -95,14 +95,25 @@ def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):
         experiments.packed_model(other, vq, None, tmp_path / "k-means")
 
 
-def test_equal_references_have_equal_fingerprints():
+@pytest.mark.parametrize("changed", ["mean", "covariance", "features", "spatial_mean", "spatial_covariance"])
+def test_references_with_other_contents_have_other_fingerprints(tmp_path, changed):
     reference = load_reference("fashion-mnist-test")
-    moved = copy.copy(reference)
-    object.__setattr__(moved, "mean", reference.mean + 1e-9)
-    found = experiments.reference_fingerprint(reference)
-    assert found == experiments.reference_fingerprint(load_reference(STORED["fashion-mnist-test"]))
-    assert found != experiments.reference_fingerprint(moved)
-    assert reference.fingerprint == load_extractor("fashion").fingerprint
+    spatial = {"spatial_mean": torch.zeros(4), "spatial_covariance": torch.eye(4)}
+    one = dataclasses.replace(reference, features=reference.features[:20], **spatial)
+    other = dataclasses.replace(one, **{changed: getattr(one, changed) * 1.01 + 0.01})
+    paths = [r.save(tmp_path / name) for r, name in ((one, "one"), (one, "same"), (other, "other"))]
+    found = [experiments.reference_fingerprint(path) for path in paths]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_row_is_computed_again_for_another_extractor_where_the_reference_names_none(tmp_path, sampled):
+    pipe, own = tiny.pipeline(), load_extractor("fashion")
+    plain = dataclasses.replace(load_reference(REFERENCE), fingerprint=None).save(tmp_path / "plain.safetensors")
+    for extractor in (own, Extractor("fashion", own.module, "0" * 64), own):
+        experiments.measure(pipe, pipe.transformer, 140, tmp_path / "rows", SAMPLING, plain, extractor)
+    assert sampled == [140, 140]
+    named = experiments.reference_fingerprint(STORED[REFERENCE], own)
+    assert named == experiments.reference_fingerprint(REFERENCE)  # its own extractor, given or not
 
 
 def test_a_packed_model_belongs_to_its_prompts_and_its_process(tmp_path):

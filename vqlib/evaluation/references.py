@@ -172,14 +172,20 @@ def reference_of(model: str) -> str:
     return OF_MODEL[name]
 
 
+def reference_path(reference: str | Path) -> Path:
+    """The file of a stored reference, by its name or path. FileNotFoundError where there is none."""
+    path = Path(STORED.get(str(reference), reference)).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no reference at {path}; known names: {', '.join(STORED)}")
+    return path
+
+
 def load_reference(path: str | Path) -> Reference:
     """Read a stored reference by name or path: this module's safetensors, or ADM's `.npz` (statistics only).
 
     Raises FileNotFoundError, and ValueError for a damaged or foreign file.
     """
-    path = Path(STORED.get(str(path), path)).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no reference at {path}; known names: {', '.join(STORED)}")
+    path = reference_path(path)
     return _load_adm(path) if path.suffix == ".npz" else _load_stored(path)
 
 
@@ -198,7 +204,7 @@ def resolve(
     """
     stored = _is_stored(reference)
     if stored and not isinstance(reference, Reference):
-        path, reference = Path(STORED.get(str(reference), reference)).expanduser(), load_reference(reference)
+        path, reference = reference_path(reference), load_reference(reference)
     else:
         path = None
     if extractor is None and not isinstance(reference, Reference):

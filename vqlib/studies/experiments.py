@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from vqlib.calibrator.runs import differences, read_records
 from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor
-from vqlib.evaluation.references import Reference, load_reference, reference_of, resolve
+from vqlib.evaluation.references import load_reference, reference_of, reference_path, resolve
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
@@ -105,7 +106,7 @@ def measure(
     what is still to sample.
     """
     reference = reference_of(pipe.name) if reference is None else reference
-    shared = {"vae": fingerprint(pipe.vae), "reference": reference_fingerprint(load_reference(reference))}
+    shared = {"vae": fingerprint(pipe.vae), "reference": reference_fingerprint(reference, extractor)}
     how = Conditions(
         images, sampling or SamplingConfig(), **shared, device=device_label(pipe.device), bootstrap=bootstrap
     )
@@ -116,10 +117,11 @@ def measure(
     return Metrics.from_dict(rows.read(*made_of))
 
 
-def reference_fingerprint(reference: Reference) -> str:
-    """SHA-256 of the statistics and of the extractor they were made with."""
-    parts = [("mean", reference.mean), ("covariance", reference.covariance)]
-    return digest(parts, f"{reference.extractor} {reference.fingerprint}")
+def reference_fingerprint(reference: str | Path, extractor: Extractor | None = None) -> str:
+    """SHA-256 of a stored reference's whole file and of the extractor: the given one, or that of the reference."""
+    seen_by = extractor.fingerprint if extractor else load_reference(reference).fingerprint
+    with reference_path(reference).open("rb") as file:
+        return digest([], f"{hashlib.file_digest(file, 'sha256').hexdigest()} {seen_by}")
 
 
 def _measured(

@@ -73,7 +73,7 @@ class Measuring:
         rest = {"device": device_label(pipe.device)} | rest
         transformer = structure.unwrapped(pipe.transformer)
         geometry = Geometry.of(transformer.config) if isinstance(pipe.denoiser, DiT) else None
-        return cls(source, str(reference), reference_fingerprint(found), found.extractor, geometry=geometry, **rest)
+        return cls(source, str(reference), reference_fingerprint(reference), found.extractor, geometry=geometry, **rest)
 
     def pipe(self) -> Pipeline:
         """The model, where this runs."""
@@ -86,7 +86,7 @@ class Measuring:
 
 @lru_cache(1)
 def _judges(reference: str, sha256: str, device: torch.device) -> tuple[Reference, Extractor]:
-    if reference_fingerprint(load_reference(reference)) != sha256:
+    if reference_fingerprint(reference) != sha256:
         raise RuntimeError(f"reference {reference} is another one here than where the study was begun")
     return resolve(reference, cache=CACHE, device=device)
 
