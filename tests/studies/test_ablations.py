@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import tiny
+import torch
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.studies import experiments, row_tasks
@@ -144,3 +145,12 @@ def test_rows_of_a_cluster_are_those_of_its_device_and_ask_for_it(study):
     wide = dataclasses.replace(SETTING, calibration=SHORT.replace(batch_size=16384))
     assert study.task(wide, 0).needs.memory > 2 << 30  # 2 · 16384 rows of 16 · 32 numbers, 34 of these and more
     assert here.made.made_of() == far.made.made_of()  # the model is one
+
+
+def test_features_that_were_lost_are_made_again_and_leave_nothing_behind(study):
+    study.row(SETTING, 0)
+    before = study.features(SETTING, 0)
+    for path in (study.folder / "features").iterdir():
+        path.unlink()
+    assert torch.equal(study.features(SETTING, 0), before)
+    assert not list(study.folder.rglob("unfinished/*"))

@@ -6,6 +6,7 @@ images' order and in the blocks that one process would take, so that they are th
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ class Shard:
         return {"images": self.count, "minutes": (time.monotonic() - start) / 60}
 
     def features(self, folder: Path, unfinished: Path) -> Features:
-        """Of its images in order; from the file or, where that is not there or damaged, made."""
+        """Of its images in order; from the file or, where that is not there or damaged, made, `unfinished` then removed."""
         path = folder / self.leaves()[0]
         try:
             return Features(**load_file(path))
@@ -189,6 +190,7 @@ class Shard:
         blocks = list(extractor.stream(of_size(images, reference, ordered=True)))
         found = Features(*(torch.cat(part) for part in _columns(blocks)))
         write_tensors(path, {name: value for name, value in vars(found).items() if value is not None})
+        shutil.rmtree(unfinished, ignore_errors=True)
         return found
 
 
