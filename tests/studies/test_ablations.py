@@ -144,6 +144,9 @@ def test_rows_of_a_cluster_are_those_of_its_device_and_ask_for_it(study):
     assert 512 << 20 < far.needs.memory <= here.needs.memory < 1 << 30
     wide = dataclasses.replace(SETTING, calibration=SHORT.replace(batch_size=16384))
     assert study.task(wide, 0).needs.memory > 2 << 30  # 2 · 16384 rows of 16 · 32 numbers, 34 of these and more
+    last = CalibrationConfig(block_inputs="end-to-end", loss_at="output", batch_size=16384)
+    method = dataclasses.replace(here.made.method, distillation=last)
+    assert dataclasses.replace(here.made, method=method).needs.memory > 4 << 30  # as many rows, both blocks' graphs
     assert here.made.made_of() == far.made.made_of()  # the model is one
 
 

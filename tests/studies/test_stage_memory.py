@@ -1,6 +1,6 @@
 """Bytes of a stage by hand, and whether a model that no card holds fits into eight of them."""
 
-from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.config import CalibrationConfig, VQConfig, recipe_distillation
 from vqlib.models.geometry import Geometry
 from vqlib.studies.stage_memory import IDLE, dit_stage_bytes, row_bytes, stage_bytes
 
@@ -21,6 +21,18 @@ def test_a_stage_by_hand():
     assert stage_bytes([4000], 0, 0, wide, config, 2, 0) == 8000 + 2000 + 3 * 4 * 4000  # uint16 above 256 codewords
     adam = stage_bytes([4000], 0, 0, vq, config.replace(optimizer="adam"), 2, 0)
     assert adam - stage_bytes([4000], 0, 0, vq, config, 2, 0) == 1000 * 3 * 4
+
+
+def test_end_to_end_the_graphs_of_all_blocks_are_held_and_latents_are_trained():
+    vq = VQConfig(k=256, d=4, candidates=1)
+    last = recipe_distillation("best", batch_size=2, guidance_scale=1.5)
+    weights, codes, latents = 12000 * 4, 3000, 3000 * 4 * (4 + 4)
+    codebooks, kept = 2 * 10 * 256 * 4 * (4 + 4), 3 * 4 * 100
+    graphs = [34 * 4 * 100 + 3 * 4 * own + 4 * own for own in (4000, 8000)]
+    held = 7 + weights + codes + latents + codebooks + kept
+    assert stage_bytes([4000, 8000], 100, 7, vq, last) == held + sum(graphs)
+    twice = last.replace(activation_checkpointing=True)
+    assert stage_bytes([4000, 8000], 100, 7, vq, twice) == held + max(graphs)
 
 
 def test_flux_fits_into_eight_cards_of_24_gb():
@@ -44,5 +56,8 @@ def test_stages_hold_less_than_the_whole_and_a_row_at_least_the_model():
     own = 14 * geometry.block_weights
     assert whole - half >= own * 4 + own // 4 * 27 and half < 0.6 * whole
     weights = 4 * geometry.parameters_in_memory
-    assert row_bytes(geometry, vq, config, 32) > row_bytes(geometry, vq, None, 32) > IDLE + weights
-    assert row_bytes(geometry, vq, config, 32, on_host=False) == IDLE + weights
+    assert row_bytes(geometry, vq, config, None, 32) > row_bytes(geometry, vq, None, None, 32) > IDLE + weights
+    assert row_bytes(geometry, vq, config, None, 32, on_host=False) == IDLE + weights
+    last = recipe_distillation("best")
+    alone = dit_stage_bytes(geometry, (0, 28), vq.replace(candidates=1), last)
+    assert row_bytes(geometry, vq, config, last, 32) == IDLE + alone > row_bytes(geometry, vq, config, None, 32)

@@ -111,9 +111,9 @@ class Made:
     def needs(self) -> Needs:
         """A core, a GPU where the study's device is one, and memory by the shapes."""
         on_host, sampled = self.how.device == "cpu", SamplingConfig().batch_size
-        vq, calibration = getattr(self.method, "vq", VQConfig()), getattr(self.method, "calibration", None)
-        shape = self.how.geometry
-        memory = row_bytes(shape, vq, calibration, sampled, on_host) if shape else 0
+        shape, vq = self.how.geometry, getattr(self.method, "vq", VQConfig())
+        runs = [getattr(self.method, name, None) for name in ("calibration", "distillation")]
+        memory = row_bytes(shape, vq, *runs, sampled, on_host) if shape else 0
         return Needs(1, 0 if on_host else 1, memory)
 
     def leaves(self) -> tuple[str, ...]:
@@ -176,7 +176,7 @@ class Shard:
         return {"images": self.count, "minutes": (time.monotonic() - start) / 60}
 
     def features(self, folder: Path, unfinished: Path) -> Features:
-        """Of its images in order; from the file or, where that is not there or damaged, made, `unfinished` then removed."""
+        """Of its images in order; from the file or, where that is missing or damaged, made; `unfinished` then goes."""
         path = folder / self.leaves()[0]
         try:
             return Features(**load_file(path))

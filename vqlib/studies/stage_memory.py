@@ -24,19 +24,21 @@ def stage_bytes(
 
     rest: bytes of all that is no block's linear; linears: codebooks a block; weight_bytes: of a full-precision weight. What
     counts: both models' weights as they are held, ratios with their optimizer's state, the activations kept between a batch's
-    pass and the student's step, and of the widest block its graph, the reconstructed weights and their gradients. Rules for single layers (`vq.layers`) are not followed: k and d are those of all.
+    pass and the student's step, and of the widest block or, end to end, of all, the graph, reconstructed weights and
+    their gradients. Rules for single layers (`vq.layers`) are not followed: k and d are those of all.
     """
     rows = config.batch_size * (2 if config.guided else 1)
     choices = vq.candidates if vq.candidates > 1 else 0
     moments = 8 if config.optimizer == "adam" else 4
     index = 1 if vq.k <= 256 else 2
-    subvector = index * vq.candidates + (4 + moments) * choices  # bytes of indices, logits and their state
+    trained = choices + (vq.d if config.lr_latents else 0)  # logits, latents
+    subvector = index * vq.candidates + (4 + moments) * trained  # bytes of indices, of what is trained and its state
     held = sum(blocks) * weight_bytes + sum(blocks) // vq.d * subvector
     held += len(blocks) * linears * vq.k * vq.d * (4 + moments)
     kept = (len(blocks) + 1) * rows * row  # every block's input and the last one's output
-    widest = max(blocks)
-    graph = IN_GRAPH * rows * row + 3 * 4 * widest + 4 * choices * (widest // vq.d)
-    return rest + held + kept + graph
+    graphs = [IN_GRAPH * rows * row + 3 * 4 * weights + 4 * trained * (weights // vq.d) for weights in blocks]
+    at_once = sum if config.block_inputs == "end-to-end" and not config.activation_checkpointing else max
+    return rest + held + kept + at_once(graphs)
 
 
 def dit_stage_bytes(
@@ -50,12 +52,21 @@ def dit_stage_bytes(
 
 
 def row_bytes(
-    geometry: Geometry, vq: VQConfig, config: CalibrationConfig | None, batch_size: int, on_host: bool = True
+    geometry: Geometry,
+    vq: VQConfig,
+    calibration: CalibrationConfig | None,
+    distillation: CalibrationConfig | None,
+    batch_size: int,
+    on_host: bool = True,
 ) -> int:
-    """Of the host's memory while a row is made: on a GPU's machine the weights on their way, else all of it."""
+    """Of the host's memory while a row is made: on a GPU's machine the weights on their way, else all of it.
+
+    calibration, distillation: None for a stage that the row does without.
+    """
     weights = 4 * geometry.parameters_in_memory
     if not on_host:
         return IDLE + weights
-    whole = dit_stage_bytes(geometry, (0, geometry.depth), vq, config) if config else 2 * weights
+    stages = [(vq, calibration), (vq.replace(candidates=1), distillation)]  # the last one starts from hard codes
+    made = [dit_stage_bytes(geometry, (0, geometry.depth), own, config) for own, config in stages if config]
     sampling = weights + 2 * IN_FORWARD * batch_size * 4 * geometry.tokens * geometry.hidden
-    return IDLE + max(whole, sampling)
+    return IDLE + max(*made, 2 * weights, sampling)
