@@ -42,7 +42,7 @@ gpu:  ## everything that only a GPU can show, in about seven minutes, with torch
 browser: $(DRIVER)  ## the notebooks in a real JupyterLab (wants Chromium; as root on Debian it is installed)
 	@$(FIND_CHROMIUM) || { test "$$(id -u)" = 0 && command -v apt-get; } >/dev/null || { echo '$(NO_CHROMIUM)' >&2; exit 1; }
 	@$(FIND_CHROMIUM) || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; }
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/browser -n logical --maxprocesses 2 --dist loadfile
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb

@@ -10,7 +10,7 @@ import tiny
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
-ON_BOTH = ("00", "01", "02", "03", "04", "05", "10", "90")  # run once more with the second bundled model
+ON_BOTH = ("00", "01", "02", "03", "04", "05", "90")  # run once more with the second bundled model
 DEVICE = 'device = "auto"  # the GPU where there is one; or cpu, cuda:1'
 MADE_BY_HAND = r"\btorch\.(tensor|as_tensor|zeros|ones|full|empty|arange|linspace|eye|rand|randn)\("
 

@@ -20,8 +20,8 @@ WAIT = "packed = await view.finished()\nprint('packed at', view.records[-1].iter
 AGAIN = "again = explore.run(calibration())\nagain"  # nothing waits for it: the kernel is free
 
 
-def step(explorer):
-    return int(re.search(r"step (\d+) of", explorer.caption)[1])
+def iteration(explorer):
+    return int(re.search(r"iteration (\d+) of", explorer.caption)[1])
 
 
 def pause_and_resume(lab, explorer):
@@ -29,12 +29,12 @@ def pause_and_resume(lab, explorer):
     explorer.until_picture_is_not(explorer.picture)
     explorer.button("Pause").click()
     explorer.until("^paused")
-    held = step(explorer)
+    held = iteration(explorer)
     lab.page.wait_for_timeout(1500)
-    assert step(explorer) == held
+    assert iteration(explorer) == held
     explorer.button("Resume").click()
     explorer.until("^running")
-    assert step(explorer) > held
+    assert iteration(explorer) > held
 
 
 def test_buttons_hold_and_end_a_run_and_it_goes_on_later(lab, folder):
@@ -46,11 +46,11 @@ def test_buttons_hold_and_end_a_run_and_it_goes_on_later(lab, folder):
     first.button("Stop").click()
     lab.page.get_by_text("packed at ").wait_for()
     first.until("^stopped")
-    ended = step(first)
+    ended = iteration(first)
     lab.page.locator(".vqlib-run").nth(1).wait_for()
     second = Explorer(lab, "run")
     pause_and_resume(lab, second)
-    assert lab.kernel == "idle" and step(second) > ended
+    assert lab.kernel == "idle" and iteration(second) > ended
     second.button("Stop").click()
     second.until("^stopped")
     lab.screenshot("live_stopped", second.button("Export"))
