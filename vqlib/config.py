@@ -44,7 +44,7 @@ class VQConfig(Settings):
     d: int | None = None
     k: int | None = None
     candidates: int = 3  # n, 1 … k
-    ratio_start: str = "equal"  # the first ratios are 1/n; the others are in `find_candidates`
+    ratio_start: str = "equal"  # all 1/n; what each of `RATIO_STARTS` does is told by `find_candidates`
     codebook_scope: str = "layer"
     kmeans_iterations: int = 100
     assignment: str = "nearest"  # or "error-feedback"
