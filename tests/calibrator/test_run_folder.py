@@ -131,7 +131,7 @@ def test_a_stopped_run_may_be_asked_for_more_steps_and_other_checkpoints_but_not
     whole = calibrate(*twin, SETTINGS.replace(iterations=8))  # constant rates: the same as one run of 8
     assert [r.block_losses for r in whole] == [r.block_losses for r in read_records(tmp_path)]
     pipe, student = prepared()
-    with pytest.raises(RuntimeError, match="has 8 steps done, more than iterations=6"):
+    with pytest.raises(RuntimeError, match="has 8 iterations done, more than iterations=6"):
         calibrate(pipe, student, SETTINGS, out=tmp_path)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from vqlib.config import RECIPES
+from vqlib.config import RECIPES, CalibrationConfig
 from vqlib.studies import bench, main_table, row_tasks
 from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
@@ -42,6 +42,8 @@ def test_the_bundled_table_has_what_the_paper_compares():
         assert {"RTN", "GPTQ", "k-means", "VQ4DiT"} <= {row.method for row in rows if row.bits == bits}
     two = {row.method for row in rows if row.bits == 2}
     assert {"codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"} <= two
+    shared = TableConfig(base=CalibrationConfig(batch_size=4, steps=25, guidance_scale=4.0), seed=7).caption
+    assert "500 iterations of calibration (recipe best; batch 4, 25 steps, CFG 4.0, seed 7)" in shared
     assert TABLES["dit-xl-2-256"].model == "facebook/DiT-XL-2-256" and TABLES["dit-xl-2-256"].images == 10_000
 
 

@@ -65,6 +65,8 @@ def test_a_stopped_run_goes_on_where_all_blocks_were_kept_and_may_be_cut_otherwi
     records, expected = seen(again), whole(pipe)
     assert records == expected[0][2:] and seen(read_records(tmp_path)) == expected[0]
     assert fingerprint(again.finish()) == expected[1]
+    with pytest.raises(RuntimeError, match=f"has {RUN.iterations} iterations done, more than iterations=2"):
+        calibrate_in_stages(pipe, VQ, RUN.replace(iterations=2), 2, seed=3, out=tmp_path)
     with pytest.raises(RuntimeError, match="holds a run with seed=3, now seed=4"):
         calibrate_in_stages(pipe, VQ, RUN, 2, seed=4, out=tmp_path)
     other = replace(pipe, schedule=replace(pipe.schedule, spacing="trailing"))

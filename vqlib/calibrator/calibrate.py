@@ -243,13 +243,10 @@ class Calibration(Iterator[Record]):
 
     def _resume(self) -> bool:
         """Take up the run of the folder where there is one."""
-        found = self.folder.load() if self.folder else None
+        found = self.folder.load(self.config.iterations) if self.folder else None
         if found is None:
             return False
         state, self.iteration = found
-        if self.iteration > self.config.iterations:
-            asked = f"iterations={self.config.iterations}"
-            raise RuntimeError(f"{self.folder.path} has {self.iteration} steps done, more than {asked}")
         for name, layer in self.layers.items():
             layer.load_state_dict({k: state[f"student.{name}.{k}"] for k in layer.state_dict()})
         self.trajectory.load_state(with_prefix(state, "trajectory."))

@@ -117,8 +117,11 @@ class RunFolder:
         """A method, so that in the writer's thread the folder's lock lives as long as its writing."""
         write_tensors(self.path / "state.safetensors", tensors, {"iteration": str(iteration)})
 
-    def load(self) -> tuple[dict[str, Tensor], int] | None:
-        """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl."""
+    def load(self, iterations: int) -> tuple[dict[str, Tensor], int] | None:
+        """Tensors and iteration of the last checkpoint, or None; records after it are dropped from records.jsonl.
+
+        RuntimeError where the checkpoint is damaged, or of more iterations than the run is to have.
+        """
         path = self.path / "state.safetensors"
         if not path.exists():
             self._keep_records(0)
@@ -129,6 +132,8 @@ class RunFolder:
             tensors = load_file(path)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RuntimeError(f"{path} is damaged ({error}); remove it to start the run anew") from None
+        if iteration > iterations:
+            raise RuntimeError(f"{self.path} has {iteration} iterations done, more than iterations={iterations}")
         self._keep_records(iteration)
         return tensors, iteration
 

@@ -230,7 +230,7 @@ class Pipelined(Iterator[Record]):
             path.unlink(missing_ok=True)
 
     def _resume(self) -> bool:
-        found = self.folder.load() if self.folder else None
+        found = self.folder.load(self.config.iterations) if self.folder else None
         if found is None:
             return False
         state, self.iteration = found

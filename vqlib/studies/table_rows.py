@@ -64,9 +64,11 @@ class TableConfig:
     @property
     def caption(self) -> str:
         """Every condition that the rows share."""
+        own = self.calibration()
+        along = f"batch {own.batch_size}, {own.steps} steps, CFG {own.guidance_scale}, seed {own.seed}"
         return (
             f"{self.model}: {self.images} images, CFG {self.guidance_scale}, seeds from 0, reference {self.reference}, "
-            f"{self.iterations} iterations of calibration (recipe {self.recipe}). † quoted, in Inception's features."
+            f"{own.iterations} iterations of calibration (recipe {self.recipe}; {along}). † quoted, in Inception's features."
         )
 
     def calibration(self, name: str | None = None) -> CalibrationConfig:
