@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqlib import kernels
-from vqlib.kernels import reference
+from vqlib.kernels import cpu_search, reference
 
 
 def _data(count, d, k, seed=0):
@@ -58,6 +58,37 @@ def test_assign_takes_the_first_of_equal_codewords():
     x = torch.tensor([[0.9, 0.1], [0.0, 0.0]])
     assert kernels.assign(x, codewords).tolist() == [1, 1]
     assert reference.assign(x, codewords).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("d, k", [(2, 64), (4, 256), (6, 100), (8, 17), (3, 1)])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.3, 3.0])
+def test_a_guess_saves_the_search_and_changes_no_bit(d, k, spread):
+    noise, codewords = _data(5000, d, k, seed=1)
+    codewords[k // 2] = codewords[0]  # the first of equals is taken
+    codewords[-1] *= 50
+    guess = torch.arange(5000) % k
+    x = codewords[guess] + spread * noise
+    x[3], x[4] = float("nan"), float("inf")
+    expected = kernels.assign(x, codewords)
+    assert torch.equal(kernels.assign(x, codewords, guess), expected)
+    assert torch.equal(kernels.assign(x, codewords, guess.to(torch.int32)), expected)
+    assert torch.equal(kernels.assign(x, codewords, (guess + 1) % k), expected)
+    near = torch.from_numpy(cpu_search._near(codewords))
+    close = (x - codewords[guess]).square().sum(1) < near[guess]
+    assert torch.equal(expected[close], guess[close])
+    assert close.float().mean() > 0.8 or spread > 0.05 or d == 2
+    with pytest.raises(IndexError, match="are not all in"):
+        kernels.assign(x, codewords, guess + 1)
+    with pytest.raises(ValueError, match=r"guess \[4999\] must be \[5000\]"):
+        kernels.assign(x, codewords, guess[1:])
+
+
+def test_a_point_half_way_between_two_codewords_is_searched_for():
+    codewords = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+    x = torch.tensor([[0.5, 0.0], [0.5 + 1e-6, 0.0], [0.5 - 1e-6, 0.0], [2.0, 0.0]]).repeat(5, 1)
+    for guess in (0, 1, 2):
+        found = kernels.assign(x, codewords, torch.full((20,), guess))
+        assert torch.equal(found, kernels.assign(x, codewords))
 
 
 def test_strided_and_half_precision_points_are_accepted():

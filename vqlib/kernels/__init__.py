@@ -85,13 +85,17 @@ def _pair(x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().to(dtype), codewords.detach().to(dtype)
 
 
-def assign(x: Tensor, codewords: Tensor) -> Tensor:
+def assign(x: Tensor, codewords: Tensor, guess: Tensor | None = None) -> Tensor:
     """Index of the nearest codeword of every point; the first of equals. [N, d], [k, d] -> int64 [N].
 
-    Layers of one shape together: [L, N, d], [L, k, d] -> [L, N], the same bits as one by one.
+    Layers of one shape together: [L, N, d], [L, k, d] -> [L, N], the same bits as one by one. guess: integer [N], of one
+    layer's points alone, what may well be the nearest; the same bits, and on the CPU no search where it surely is.
     """
     x, codewords = _pair(x, codewords)
-    return _function("assign", x, codewords, length=x.shape[-1])(x, codewords)
+    if guess is not None and list(guess.shape) != [len(x)]:
+        raise ValueError(f"guess {list(guess.shape)} must be [{len(x)}], a codeword for each point of one layer")
+    options = () if guess is None else (guess,)
+    return _function("assign", x, codewords, *options, length=x.shape[-1])(x, codewords, *options)
 
 
 def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:

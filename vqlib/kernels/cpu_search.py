@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from vqlib.kernels.reference import ClusterSums, layer_by_layer
+from vqlib.kernels.reference import ClusterSums, check_candidates, layer_by_layer
 from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 
 MAX_LENGTH = 16  # beyond this the unrolled inner loop no longer fits in registers and a matrix product wins
@@ -89,6 +89,33 @@ def _assign_range(unit, x, start, stop, table, bias, codes):
 
 
 @njit(**_OPTIONS)
+def _assign_near_range(unit, x, start, stop, table, bias, guess, near, codes):
+    """The same, without a search for points whose squared distance from their guess is below `near` of it: [k]."""
+    points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
+    best = np.empty(BLOCK, dtype=np.float32)
+    index = np.empty(BLOCK, dtype=np.int32)
+    places = np.empty(BLOCK, dtype=np.int64)
+    waiting = 0
+    for i in range(start, stop):
+        code = guess[i]
+        square = np.float32(0.0)
+        for j in range(len(unit)):
+            step = x[i, j] - table[code, j]
+            square += step * step
+        codes[i] = code
+        if not square < near[code]:  # also where something is not a number
+            for j in range(len(unit)):
+                points[j * BLOCK + waiting] = x[i, j]
+            places[waiting] = i
+            waiting += 1
+        if waiting == BLOCK or (waiting and i == stop - 1):
+            _search(unit, points, table, bias, best, index)
+            for b in range(waiting):
+                codes[places[b]] = index[b]
+            waiting = 0
+
+
+@njit(**_OPTIONS)
 def _sums_range(unit, x, start, stop, table, bias, sums, counts, squares):
     points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
     best = np.empty(BLOCK, dtype=np.float32)
@@ -139,14 +166,34 @@ def _prepared(x: Tensor, codewords: Tensor) -> tuple[tuple, np.ndarray, np.ndarr
 
 
 @layer_by_layer
-def assign(x: Tensor, codewords: Tensor) -> Tensor:
+def assign(x: Tensor, codewords: Tensor, guess: Tensor | None = None) -> Tensor:
     """Index of the nearest codeword of every point: float32 [N, d], [k, d] -> int64 [N]."""
     unit, points, table, bias = _prepared(x, codewords)
     found = np.empty(len(x), dtype=np.int64)
-    run_chunks(
-        len(x), chunk_size(len(x)), lambda _, low, high: _assign_range(unit, points, low, high, table, bias, found)
-    )
+    if guess is None or len(x) < 4 * len(codewords):  # it costs two searches for every codeword
+        function, more = _assign_range, (found,)
+    else:
+        check_candidates(guess[:, None], len(codewords))  # compiled loops would read past the end
+        function, more = _assign_near_range, (array(guess), _near(codewords), found)
+    run_chunks(len(x), chunk_size(len(x)), lambda _, low, high: function(unit, points, low, high, table, bias, *more))
     return torch.from_numpy(found)
+
+
+def _near(codewords: Tensor) -> np.ndarray:
+    """Squared distances from each codeword below which nothing else can be found for a point: [k, d] -> float32 [k].
+
+    Half the way s to the nearest other codeword (Elkan 2003, lemma 1), less what rounding may move: scores x·c − ½‖c‖² are off by
+    at most 3e-7 (d + 1) max‖c‖², and those of a point at a distance r from its codeword are 2s (s − r) apart or more.
+    """
+    wide, k = codewords.double(), len(codewords)
+    if k == 1:
+        return np.full(1, np.inf, dtype=np.float32)
+    two = nearest(codewords, codewords, 2)  # itself and the other or, of equal ones, the first two
+    other = torch.where(two[:, 0] == torch.arange(k), two[:, 1], two[:, 0])
+    half = (wide - wide[other]).norm(dim=1) / 2
+    rounding = 3e-7 * (codewords.shape[1] + 1) * wide.square().sum(dim=1).max()
+    radius = (half * (1 - 1e-4) - 2 * rounding / half).clamp_min(0)
+    return array(radius.square().float())
 
 
 def nearest(x: Tensor, codewords: Tensor, n: int) -> Tensor:

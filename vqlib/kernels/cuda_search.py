@@ -123,8 +123,11 @@ def _total_kernel(
     tl.store(counts + code + columns * 0, total, mask=columns == LENGTH + 1)
 
 
-def assign(x: Tensor, codewords: Tensor) -> Tensor:
-    """Index of the nearest codeword of every point; the first of equals. float32 [N, d], [k, d] -> int64 [N], or with [L, …]s."""
+def assign(x: Tensor, codewords: Tensor, guess: Tensor | None = None) -> Tensor:
+    """Index of the nearest codeword of every point; the first of equals. float32 [N, d], [k, d] -> int64 [N], or with [L, …]s.
+
+    All are searched, whatever the guess: a warp waits for the slowest of its points.
+    """
     return nearest(x, codewords, 1)[..., 0]
 
 

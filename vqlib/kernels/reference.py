@@ -86,8 +86,8 @@ def layer_by_layer(one: Callable) -> Callable:
 
 
 @layer_by_layer
-def assign(x: Tensor, codewords: Tensor) -> Tensor:
-    """Index of the nearest codeword of every point: [N, d], [k, d] -> int64 [N]."""
+def assign(x: Tensor, codewords: Tensor, guess: Tensor | None = None) -> Tensor:
+    """Index of the nearest codeword of every point: [N, d], [k, d] -> int64 [N]; a guess is of no use here."""
     codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for part in _chunks(len(x), len(codewords)):
         codes[part] = scores(x[part], codewords).argmax(dim=1)

@@ -38,8 +38,9 @@ class LatentLinear(CandidateLinear):
     @torch.no_grad()
     def reassign(self) -> Tensor:
         """Every sub-vector takes the codeword now nearest to its latent; the share that took another one, float64 []."""
-        codes = kernels.assign(self.latents * self.unit, self.codebook)
-        moved = (codes != self.candidates[:, 0]).double().mean()
+        before = self.candidates[:, 0]
+        codes = kernels.assign(self.latents * self.unit, self.codebook, before)
+        moved = (codes != before).double().mean()
         self.candidates[:, 0] = codes
         return moved
 
