@@ -238,7 +238,7 @@ def test_ratio_statistics_by_hand():
     assert result.used == 3  # codewords 0, 2 and 4
 
 
-@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize("freeze", [False, True])
 def test_settled_ratios_agree_with_the_twin(n, freeze):
     logits = 2 * torch.randn(20001, n, generator=torch.Generator().manual_seed(n))

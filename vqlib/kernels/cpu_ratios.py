@@ -208,11 +208,17 @@ def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Ten
     count, n = logits.shape
     chunks = -(-count // chunk_size(count, least=CHUNK))
     histogram, sums = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64), np.zeros((chunks, _SUMS))
-    winners, used = np.empty(count, dtype=np.uint8), np.zeros(k, dtype=np.bool_)
+    winners, used = np.zeros(count, dtype=np.uint8), np.zeros(k, dtype=np.bool_)
     slots, z, codes, threshold = (0,) * n, logits.numpy().reshape(-1), array(candidates).reshape(-1), np.float32(limit)
 
+    if n == 1 and count:  # the only ratio is 1: nothing is to be looked for
+        histogram[0, -1], sums[0, 2] = count, count
+        if freeze:
+            z[:] = 0.0
+
     def work(i: int, low: int, high: int) -> None:
-        _settle_range(slots, z, threshold, freeze, low, high, histogram[i], sums[i], winners)
+        if n > 1:
+            _settle_range(slots, z, threshold, freeze, low, high, histogram[i], sums[i], winners)
         _mark_used(slots, codes, winners, low, high, used)
 
     _in_chunks(work, count)
