@@ -30,8 +30,7 @@ test: $(STAMP)  ## linter, formatter, all tests but those in a browser, on a clu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
 kernels: $(TRITON)  ## CUDA without a GPU: kernels in Triton's interpreter, the chain on a pretend device (Linux, 0.7 GB more)
-	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py -n logical --maxprocesses 8
-	$(BIN)/python -m pytest tests/gpu -n logical --maxprocesses 8
+	$(BIN)/python -m pytest tests/kernels/test_kernels_cuda.py tests/gpu -n logical --maxprocesses 8 --dist worksteal
 
 cluster: $(RAY)  ## studies on Ray: a cluster of two small nodes on this machine, killed workers and all (0.25 GB more)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
