@@ -9,6 +9,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from vqlib import figures
 from vqlib.calibrator.runs import Record
 from vqlib.figures.styles import METHOD_COLORS, style
+from vqlib.studies import few_bits
 
 ITERATIONS = np.arange(1, 101)
 
@@ -169,6 +170,19 @@ def test_pareto_front_is_the_best_distance_at_each_size():
         "VQ4DiT",
         "RTN",
     }  # no FD: no point
+
+
+def test_pareto_tells_rivals_apart_and_leaves_open_what_is_marked_so():
+    names = [choice.group for choice in few_bits.choices()]
+    table = pd.DataFrame(
+        {"method": names, "size_mib": 1.0, "fd": 2.0, "open": [name.startswith("l") for name in names]}
+    )
+    figure = figures.pareto(table)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
+    assert set(names) == set(drawn) and len({line.get_color() for line in drawn.values()}) == len(set(names))
+    assert len({str(line.get_marker()) for line in drawn.values()}) == len(set(names))
+    hollow = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
+    assert hollow == {"lattice, QuIP#-like", "low rank, SVDQuant-like"}
 
 
 def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():

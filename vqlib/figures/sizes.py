@@ -57,7 +57,7 @@ def pareto(
     labels: Mapping[str, str] | None = None,
     full_precision: float | None = None,
 ) -> Figure:
-    """Size against distance: columns method, size, quality; optional bits (printed) and low, high (an interval).
+    """Size against distance: columns method, size, quality; optional bits (printed), low, high (an interval), open (hollow marks).
 
     Points of one method are joined; dashed steps: the best distance to be had at a size; dotted: full precision, a row or,
     where its size would be far off, the distance `full_precision` alone.
@@ -86,7 +86,9 @@ def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: 
     if method.lower().startswith("full precision"):
         axis.axhline(points[quality].iloc[0], color=color, linewidth=0.7, linestyle=":", zorder=1)
     big = 7 if marker == "*" else None
-    axis.plot(points[size], points[quality], color=color, marker=marker, markersize=big, linewidth=0.9, label=method)
+    look = {"color": color, "marker": marker, "markersize": big, "linewidth": 0.9}
+    look |= {"markerfacecolor": "white"} if "open" in points and points["open"].all() else {}
+    axis.plot(points[size], points[quality], **look, label=method)
     if "bits" in points:
         for x, y, bits in points[[size, quality, "bits"]].dropna().itertuples(index=False):
             note(axis, f"{bits:g}", (x, y), (4, 3), color=color, fontsize=6)

@@ -40,8 +40,7 @@ VENUES = {  # from each author kit's \textwidth and \columnsep
     "notebook": Venue(column=7.5, text=10.0, font_size=10, fonts=SANS),
 }
 
-# Okabe and Ito's color-blind-safe set, with a wine red, a brown and an indigo of Paul Tol's; markers tell methods apart
-# in gray print.
+# Okabe and Ito's color-blind-safe set, with others of Paul Tol's; markers tell methods apart in gray print.
 FULL_PRECISION = "full precision"
 METHOD_COLORS = {
     FULL_PRECISION: "#333333",
@@ -55,8 +54,13 @@ METHOD_COLORS = {
     "GPTQ": "#CC79A7",
     "GPTVQ-like": "#D55E00",
     "GPTVQ-like, calibrated": "#661100",
+    "additive": "#117733",
+    "lattice": "#CC6677",
+    "low rank": "#DDCC77",
+    "one codebook, a scale a row": "#88CCEE",
 }
-METHOD_MARKERS = dict(zip(METHOD_COLORS, ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">"), strict=True))
+_MARKERS = ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">", "H", "8", "d", (4, 0, 45))
+METHOD_MARKERS = dict(zip(METHOD_COLORS, _MARKERS, strict=True))
 ALIASES = {
     "round-to-nearest": "RTN",
     "original": "full precision",

@@ -42,7 +42,7 @@ CODES = {  # name -> how they differ from k 256, d 4 with a codebook a layer
     "k 64, d 2": HALF | {"bits": 3},
     "k 256, d 4": HALF,
     "k 256, d 4, one codebook": HALF | {"codebook_scope": "model"},
-    "k 64, d 4": HALF | {"bits": None, "k": 64, "d": 4},
+    "k 512, d 6, one codebook": HALF | {"bits": None, "k": 512, "d": 6, "codebook_scope": "model"},
     "k 256, d 8, one codebook": HALF | {"bits": None, "k": 256, "d": 8, "codebook_scope": "model"},
 }
 NONE, FIXED, MOVING = "none", "codes stay", "codes move"  # what trains on the output
@@ -97,7 +97,7 @@ def choices(**sizes: int) -> list[Choice]:
             Choice("additive, AQLM-like", "2 × k 512, d 8", stage, Additive(how, k=512)),
         ]
 
-    main = [ours(codes, MOVING) for codes in ("k 256, d 4, one codebook", "k 256, d 4", "k 64, d 4")]
+    main = [ours(codes, MOVING) for codes in ("k 256, d 4, one codebook", "k 256, d 4", "k 512, d 6, one codebook")]
     alone = [ours("k 256, d 4, one codebook", NONE), ours("k 256, d 4", NONE), ours("k 256, d 4, one codebook", FIXED)]
     ends = [ours(codes, MOVING) for codes in ("k 64, d 2", "k 256, d 8, one codebook", "k 256, d 2")]
     return [
