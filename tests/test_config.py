@@ -87,6 +87,8 @@ def test_a_recipe_is_laid_over_the_sizes_of_another_study():
     assert best.run(base) == recipe("best", iterations=7, **sizes)
     assert best.last(base, iterations=8) == recipe_distillation("best", iterations=8, seed=5, **sizes)
     assert best.last(base).iterations == best.distillation.iterations  # which it sets itself
+    with pytest.raises(ValueError, match=r"the recipe does not distill; of .* these do: \['best'\]"):
+        RECIPES["paper"].last(base)
     assert RECIPES["release"].run(base) == recipe("release", iterations=7, steps=9)  # guidance and batch are its own
 
 

@@ -200,7 +200,9 @@ class Recipe:
         return _along(self.calibration, base, changes)
 
     def last(self, base: CalibrationConfig, **changes) -> CalibrationConfig:
-        """The last stage of a recipe that has one, after the calibration `base`: as `run` has it, from another seed than its."""
+        """The last stage, after the calibration `base`: as `run` has it, from another seed than its. ValueError where there is none."""
+        if self.distillation is None:
+            raise ValueError(f"the recipe does not distill; of {sorted(RECIPES)} these do: {_distilling()}")
         return _along(self.distillation, base, {"seed": base.seed + self.distillation.seed} | changes)
 
 

@@ -94,6 +94,7 @@ def test_a_style_leaves_nothing_behind():
 
 def test_one_method_one_color_however_it_is_qualified():
     assert method_color("VQ4DiT, n = 3") == method_color("VQ4DiT") == METHOD_COLORS["VQ4DiT"]
+    assert method_color("VQ4DiT, distilled, 2 bits") == METHOD_COLORS["VQ4DiT, distilled"]
     assert method_color("k-means only, 2 bits") == METHOD_COLORS["k-means"]
     assert method_color("GPTVQ-like") != method_color("GPTQ group-wise") == METHOD_COLORS["GPTQ"]
     assert method_color("round-to-nearest") == METHOD_COLORS["RTN"]

@@ -152,8 +152,8 @@ def test_rows_of_a_cluster_are_those_of_its_device_and_ask_for_it(study):
 
 def test_features_that_were_lost_are_made_again_and_leave_nothing_behind(study):
     study.row(SETTING, 0)
-    before = study.features(SETTING, 0)
+    before = study.task(SETTING, 0).features(study.folder)
     for path in (study.folder / "features").iterdir():
         path.unlink()
-    assert torch.equal(study.features(SETTING, 0), before)
+    assert torch.equal(study.task(SETTING, 0).features(study.folder), before)
     assert not list(study.folder.rglob("unfinished/*"))

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from vqlib.config import CalibrationConfig, SamplingConfig, recipe_distillation
-from vqlib.evaluation.frechet import bootstrap_interval, frechet_from_statistics, interval, replicates
 from vqlib.models import structure
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.studies.ablations import Ablation
@@ -19,7 +18,8 @@ from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.lattice import Lattice, LatticeLinear, e8p, gaussian_scale, rotation
 from vqlib.studies.baselines.low_rank import LowRank, low_rank
 from vqlib.studies.baselines.made import Trained, rates
-from vqlib.studies.few_bits import MOVING, NONE, Choice, Compared, choices
+from vqlib.studies.compared import Compared
+from vqlib.studies.few_bits import MOVING, NONE, Choice, choices, compare, summary
 
 SIZES = {"batch_size": 4, "steps": 4, "iterations": 3}
 INPUTS = CalibrationConfig(**SIZES)
@@ -169,24 +169,6 @@ def test_a_width_that_codes_do_not_divide_is_refused_by_name(pipe):
         Additive(UNTRAINED, d=5).build(pipe)
 
 
-def test_replicates_of_two_rows_pair(tmp_path):
-    """What moves both rows alike falls out of their difference: its interval is far narrower than either's own."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 6, generator=generator)
-    mean, covariance = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
-    other = x + 0.02 * torch.randn(400, 6, generator=generator) + 0.1
-    a, b = (replicates(rows, mean, covariance, 60) for rows in (x, other))
-    (low, high), (own_low, own_high) = interval(0.0, b - a), interval(0.0, b)
-    assert high - low < 0.7 * (own_high - own_low)
-    assert torch.equal(a, replicates(x, mean, covariance, 60)) and not torch.equal(
-        a, replicates(x, mean, covariance, 60, seed=1)
-    )
-    fd = frechet_from_statistics(x.double().mean(0), x.double().T.cov(), mean, covariance)
-    assert bootstrap_interval(x, mean, covariance, fd, 60) == pytest.approx(tuple(max(0.0, e) for e in interval(fd, a)))
-    with pytest.raises(ValueError, match="level 1.5 is outside"):
-        interval(0.0, a, 1.5)
-
-
 def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp_path):
     known = choices(**SIZES)
     assert len({(row.group, row.name) for row in known}) == len(known)
@@ -196,11 +178,11 @@ def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp
     study = Ablation(tiny.pipeline(), tmp_path, 140, SamplingConfig(steps=1), "fashion-mnist-test")
     rows = [known[0], Choice("low rank", "2 bits", NONE, LowRank(UNTRAINED))]
     made = [study.row(row, 0) for row in rows]
-    compared = Compared.of(study, [*rows, known[1]], [0, 1], resamples=10)
+    compared = compare(study, [*rows, known[1]], [0, 1])
     assert list(compared.results) == rows  # the others are not finished
     difference, low, high = compared.more(rows[1], rows[0])
     assert difference == pytest.approx(made[1]["metrics"]["fd"] - made[0]["metrics"]["fd"]) and low < difference < high
-    found = compared.summary()
+    found = summary(compared)
     assert found["codes"].tolist() == ["float16", "2 bits"] and found["seeds"].tolist() == [1, 1]
     assert found["method"].tolist() == ["full precision", "low rank, not on the output"]
     assert found["above"].tolist() == [0.0, difference] and found["× full precision"][0] == 1.0
@@ -214,6 +196,6 @@ def test_a_row_of_several_seeds_counts_by_its_mean():
         for fd, m in ((1.0, 3), (2.0, 5))
     ]
     compared = Compared({one: results}, {one: torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64)})
-    found = compared.summary().loc[0]
+    found = summary(compared).loc[0]
     assert (found["seeds"], found["FD"], found["minutes"], found["stored bits"]) == (2, 1.5, 4.0, 2.0)
     assert found["± (std)"] == pytest.approx(0.5**0.5) and found["low"] < 1.5 < found["high"] and "above" not in found

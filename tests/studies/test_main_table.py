@@ -9,11 +9,12 @@ import tiny
 from vqlib.config import RECIPES, CalibrationConfig
 from vqlib.studies import bench, main_table, row_tasks
 from vqlib.studies.baselines.gptq import GPTQ
+from vqlib.studies.few_bits import MOVING, OURS, choices
 from vqlib.studies.main_table import TABLES, Bench, Row, TableConfig, make_table, read_table
 from vqlib.studies.processes import Here, Processes
 
 SMALL = TableConfig(
-    images=130, steps=1, iterations=2, hessian_batches=1, bootstrap=3, longer=((2, 129),), longer_methods=(),
+    images=130, steps=1, iterations=2, distillation=2, hessian_batches=1, bootstrap=3, longer=((2, 129),), longer_methods=(),
     methods=(("GPTQ", (2,)), ("k-means", (2,)), ("VQ4DiT", (2,))),
 )  # fmt: skip
 
@@ -39,7 +40,9 @@ def test_the_bundled_table_has_what_the_paper_compares():
     rows = TABLES["dit-mini-fashion"].rows()
     assert {row.images for row in rows if row.steps == 50} == {5000} and {row.steps for row in rows} == {50, 100, 250}
     for bits in (4, 3, 2):
-        assert {"RTN", "GPTQ", "k-means", "VQ4DiT"} <= {row.method for row in rows if row.bits == bits}
+        assert {"RTN", "GPTQ", "k-means", "VQ4DiT", "VQ4DiT, distilled"} <= {
+            row.method for row in rows if row.bits == bits
+        }
     two = {row.method for row in rows if row.bits == 2}
     assert {"codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"} <= two
     shared = TableConfig(base=CalibrationConfig(batch_size=4, steps=25, guidance_scale=4.0), seed=7).caption
@@ -93,10 +96,21 @@ def test_the_other_methods_are_built_at_the_same_bits(tmp_path):
     names = ["codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"]
     made = [bench.build(Row(name, 2, 1, 130)) for name in ("k-means", *names)]
     assert len({one.bits_per_weight for one in made}) == 1
+    made.append(bench.build(Row("VQ4DiT, distilled", 2, 1, 130)))
+    assert 2 < made[-1].bits_per_weight < made[0].bits_per_weight  # its codebooks are halves
     first = "transformer_blocks.0.ff.net.0.proj"
     weights = [one.model.get_submodule(first).weight() for one in made]
-    assert not any(weights[i].equal(weights[j]) for i in range(4) for j in range(i))
-    assert len(list((tmp_path / "models").iterdir())) == 4
+    assert not any(weights[i].equal(weights[j]) for i in range(5) for j in range(i))
+    assert len(list((tmp_path / "models").iterdir())) == 5
+    with pytest.raises(ValueError, match="does not distill"):
+        Bench(SMALL.replace(recipe="release"), tmp_path, bench.pipe).build(Row("VQ4DiT, distilled", 2, 1, 130))
+
+
+def test_a_distilled_row_is_that_of_the_study_of_few_bits():
+    bits, codes = (4, 3, 2), ("k 256, d 2", "k 64, d 2", "k 256, d 4")
+    ours = {row.codes: row for row in choices() if row.group == OURS and row.last == MOVING}
+    for bit, name in zip(bits, codes, strict=True):
+        assert bench.METHODS["VQ4DiT, distilled"](TableConfig(seed=1), bit) == ours[name].method(1)
 
 
 def test_two_workers_fill_one_table(tmp_path):

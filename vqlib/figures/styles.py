@@ -58,8 +58,9 @@ METHOD_COLORS = {
     "lattice": "#CC6677",
     "low rank": "#DDCC77",
     "one codebook, a scale a row": "#88CCEE",
+    "VQ4DiT, distilled": "#00796B",
 }
-_MARKERS = ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">", "H", "8", "d", (4, 0, 45))
+_MARKERS = ("*", "s", "v", "o", "p", "^", "P", "X", "D", "<", ">", "H", "8", "d", (4, 0, 45), (6, 1, 0))
 METHOD_MARKERS = dict(zip(METHOD_COLORS, _MARKERS, strict=True))
 ALIASES = {
     "round-to-nearest": "RTN",

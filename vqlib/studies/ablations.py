@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from vqlib.config import SamplingConfig
 from vqlib.evaluation.references import reference_of
@@ -19,7 +17,7 @@ from vqlib.studies.engines import complete, run
 from vqlib.studies.experiments import Method
 from vqlib.studies.processes import Here
 from vqlib.studies.row_tasks import Evaluated, Made, Measuring
-from vqlib.studies.tasks import Lazily, key_of, rows_of
+from vqlib.studies.tasks import Lazily, rows_of
 from vqlib.system.memory import device_label
 
 COLUMNS = {"bits per weight": "bits_per_weight", "minutes of calibration": "calibration_minutes"}
@@ -69,12 +67,6 @@ class Ablation:
     def finished(self, setting: Setting, seed: int) -> dict | None:
         """The row if it has been made."""
         return rows_of(self.folder).read(*self.task(setting, seed).made_of())
-
-    def features(self, setting: Setting, seed: int) -> Tensor:
-        """Of a finished row's images in their order, [images, D]: two rows' images have the same seeds, so they pair."""
-        shards = self.task(setting, seed).after()
-        unfinished = self.folder / "unfinished"
-        return torch.cat([shard.features(self.folder, unfinished / key_of(shard)).features for shard in shards])
 
     def table(self, settings: Iterable[Setting], seeds: Iterable[int]) -> pd.DataFrame:
         """The finished rows: columns group, setting, seed, fd, accuracy, and the conditions that the rows do not share."""

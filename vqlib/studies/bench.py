@@ -61,11 +61,13 @@ class Bench:
         return Evaluated(made, row.images, sampling, config.bootstrap, label=str(row))
 
 
-def _codes(table: TableConfig, vq: VQConfig, recipe: str | None = None) -> VectorQuantized:
-    """Codes, calibrated by a recipe or, without one, left as they are found."""
+def _codes(table: TableConfig, vq: VQConfig, recipe: str | None = None, distilled: bool = False) -> VectorQuantized:
+    """Codes, calibrated by a recipe or, without one, left as they are found; `distilled`: by the recipe's last stage, too."""
     feedback = vq.assignment == "error-feedback"
     moments = Moments(table.calibration(), table.hessian_batches) if feedback else None
-    return VectorQuantized(vq, table.calibration(recipe) if recipe else None, table.seed, moments)
+    calibration = table.calibration(recipe) if recipe else None
+    last = table.last_stage(recipe) if distilled else None
+    return VectorQuantized(vq, calibration, moments=moments, distillation=last).seeded(table.seed)
 
 
 def _nearest(bits: int) -> VQConfig:
@@ -87,4 +89,7 @@ METHODS: dict[str, Callable[[TableConfig, int | None], Method]] = {
     "GPTVQ-like, calibrated": lambda table, bits: _codes(table, _fed_back(bits), table.recipe),
     PAPER: lambda table, bits: _codes(table, recipe_vq("paper", bits), "paper"),
     "VQ4DiT": lambda table, bits: _codes(table, recipe_vq(table.recipe, bits), table.recipe),
+    "VQ4DiT, distilled": lambda table, bits: _codes(
+        table, recipe_vq(table.recipe, bits, codebook_dtype="float16"), table.recipe, distilled=True
+    ),
 }

@@ -8,18 +8,13 @@ Rows are made once and found again, as in every study; their images' features ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from vqlib.config import VQConfig, recipe, recipe_distillation, recipe_vq
-from vqlib.evaluation.frechet import interval, replicates
-from vqlib.evaluation.references import load_reference
 from vqlib.figures.styles import FULL_PRECISION
 from vqlib.figures.tables import markdown
 from vqlib.models import pipeline
@@ -30,6 +25,7 @@ from vqlib.studies.baselines.baseline import FullPrecision, Moments
 from vqlib.studies.baselines.lattice import Lattice
 from vqlib.studies.baselines.low_rank import LowRank
 from vqlib.studies.baselines.made import Trained
+from vqlib.studies.compared import Compared
 from vqlib.studies.engines import Progress, complete, run
 from vqlib.studies.experiments import Method, VectorQuantized
 from vqlib.studies.on_ray import engine
@@ -40,6 +36,7 @@ HALF = {"codebook_dtype": "float16"}
 CODES = {  # name -> how they differ from k 256, d 4 with a codebook a layer
     "k 256, d 2": HALF | {"bits": 4},
     "k 64, d 2": HALF | {"bits": 3},
+    "k 512, d 4, one codebook": HALF | {"bits": None, "k": 512, "d": 4, "codebook_scope": "model"},
     "k 256, d 4": HALF,
     "k 256, d 4, one codebook": HALF | {"codebook_scope": "model"},
     "k 512, d 6, one codebook": HALF | {"bits": None, "k": 512, "d": 6, "codebook_scope": "model"},
@@ -97,7 +94,8 @@ def choices(**sizes: int) -> list[Choice]:
             Choice("additive, AQLM-like", "2 × k 512, d 8", stage, Additive(how, k=512)),
         ]
 
-    main = [ours(codes, MOVING) for codes in ("k 256, d 4, one codebook", "k 256, d 4", "k 512, d 6, one codebook")]
+    main = [ours(codes, MOVING) for codes in ("k 256, d 4, one codebook", "k 512, d 4, one codebook")]
+    main += [ours(codes, MOVING) for codes in ("k 256, d 4", "k 512, d 6, one codebook")]
     alone = [ours("k 256, d 4, one codebook", NONE), ours("k 256, d 4", NONE), ours("k 256, d 4, one codebook", FIXED)]
     ends = [ours(codes, MOVING) for codes in ("k 64, d 2", "k 256, d 8, one codebook", "k 256, d 2")]
     return [
@@ -110,61 +108,29 @@ def choices(**sizes: int) -> list[Choice]:
     ]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Finished rows by their mean distance over seeds, with 95 % intervals over the images, alone and in pairs."""
+def compare(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int]) -> Compared[Choice]:
+    """What of `rows` is finished, with the seeds that each is made with."""
+    seeds = list(seeds)
+    return Compared.of(study.folder, {row: [study.task(row, seed) for seed in row.of(seeds)] for row in rows})
 
-    results: Mapping[Choice, Sequence[dict]]  # a finished row a seed
-    found: Mapping[Choice, Tensor]  # replicates of the mean distance, float64 [resamples]
 
-    @classmethod
-    def of(cls, study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], resamples: int = 200) -> Compared:
-        """What of `rows` is finished; replicates from the kept features of their images."""
-        reference, seeds = load_reference(study.reference), list(seeds)
-        results, found = {}, {}
-        for row in rows:
-            own = {seed: study.finished(row, seed) for seed in row.of(seeds)}
-            own = {seed: result for seed, result in own.items() if result}
-            if own:
-                parts = [
-                    replicates(study.features(row, seed), reference.mean, reference.covariance, resamples)
-                    for seed in own
-                ]
-                results[row], found[row] = list(own.values()), torch.stack(parts).mean(dim=0)
-        return cls(results, found)
-
-    def mean(self, row: Choice, figure: str) -> float:
-        """Over the row's seeds; `figure`: one of the row's own or of its metrics. NaN where the model's judge does not tell it."""
-        values = [(result | result["metrics"])[figure] for result in self.results[row]]
-        return float("nan") if None in values else fmean(values)
-
-    def alone(self, row: Choice) -> tuple[float, float]:
-        """The interval of a row's mean distance."""
-        return interval(self.mean(row, "fd"), self.found[row])
-
-    def more(self, row: Choice, than: Choice) -> tuple[float, float, float]:
-        """How much more a row's distance is than another's, and the interval of that: apart from 0, the images tell them apart."""
-        difference = self.mean(row, "fd") - self.mean(than, "fd")
-        return difference, *interval(difference, self.found[row] - self.found[than])
-
-    def summary(self) -> pd.DataFrame:
-        """A row each: method, codes, last stage, seeds, stored bits, FD, ± (std), low, high; × full precision and, in pairs,
-        how much is above it (above, above low, above high), where full precision is among the rows; accuracy, minutes of training.
-        """
-        full, records = next((row for row in self.results if row.group == FULL_PRECISION), None), []
-        for row, own in self.results.items():
-            fds = pd.Series([result["metrics"]["fd"] for result in own])
-            low, high = self.alone(row)
-            record = {"method": row.series, "codes": row.codes, "last stage": row.last, "seeds": len(own)}
-            record |= {"stored bits": self.mean(row, "bits_per_weight"), "FD": fds.mean(), "± (std)": fds.std()}
-            record |= {"low": max(0.0, low), "high": high}
-            if full:
-                above = dict(zip(("above", "above low", "above high"), self.more(row, full), strict=True))
-                record |= {"× full precision": fds.mean() / self.mean(full, "fd")} | above
-            records.append(
-                record | {"accuracy": self.mean(row, "accuracy"), "minutes": self.mean(row, "calibration_minutes")}
-            )
-        return pd.DataFrame(records)
+def summary(compared: Compared[Choice]) -> pd.DataFrame:
+    """A row each: method, codes, last stage, seeds, stored bits, FD, ± (std), low, high; × full precision and, in pairs,
+    how much is above it (above, above low, above high), where full precision is among the rows; accuracy, minutes of training.
+    """
+    full, records = next((row for row in compared.results if row.group == FULL_PRECISION), None), []
+    for row, own in compared.results.items():
+        fds = pd.Series([result["metrics"]["fd"] for result in own])
+        low, high = compared.alone(row)
+        record = {"method": row.series, "codes": row.codes, "last stage": row.last, "seeds": len(own)}
+        record |= {"stored bits": compared.mean(row, "bits_per_weight"), "FD": fds.mean(), "± (std)": fds.std()}
+        record |= {"low": low, "high": high}
+        if full:
+            above = dict(zip(("above", "above low", "above high"), compared.more(row, full), strict=True))
+            record |= {"× full precision": fds.mean() / compared.mean(full, "fd")} | above
+        record |= {"accuracy": compared.mean(row, "accuracy"), "minutes": compared.mean(row, "calibration_minutes")}
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def make(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], workers: int = 1) -> Iterator[Progress]:
@@ -189,7 +155,7 @@ def main() -> None:
     rows = choices() if options.rows is None else [choices()[i] for i in options.rows]
     for progress in make(study, rows, options.seeds, options.workers):
         print(progress, flush=True)
-    print(markdown(Compared.of(study, rows, options.seeds).summary()))
+    print(markdown(summary(compare(study, rows, options.seeds))))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vqlib.config import SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, evaluate_features, of_size
@@ -229,6 +230,11 @@ class Evaluated:
     def leaves(self) -> tuple[str, ...]:
         return ()
 
+    def features(self, folder: Path) -> Tensor:
+        """Of the row's images in their order, [images, D]: two rows' images have the same seeds, so they pair."""
+        kept = ((shard, folder / "unfinished" / key_of(shard)) for shard in self.after())
+        return torch.cat([shard.features(folder, unfinished).features for shard, unfinished in kept])
+
     def run(self, folder: Path, unfinished: Path) -> dict:
         start, rows, shards = time.monotonic(), rows_of(folder), self.after()
         made = rows.read(*self.made.made_of()) or self.made.run(folder, unfinished)
@@ -259,7 +265,7 @@ def reblocked(parts: Iterable[Features], size: int = BLOCK) -> Iterator[Features
         yield Features(*(torch.cat(column) for column in _columns(held)))
 
 
-def _columns(parts: list[Features]) -> Iterator[list[torch.Tensor]]:
+def _columns(parts: list[Features]) -> Iterator[list[Tensor]]:
     """Of several parts the features, the logits and, where there are, the spatial features."""
     for name in ("features", "logits", "spatial"):
         if getattr(parts[0], name) is not None:

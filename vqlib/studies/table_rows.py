@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vqlib.calibrator.hessians import BATCHES
 from vqlib.config import CalibrationConfig, named
+from vqlib.evaluation.image_sources import BLOCK
 from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW
 from vqlib.studies.paper_table import FULL_PRECISION
@@ -42,9 +43,10 @@ class TableConfig:
     guidance_scale: float = 1.5
     batch_size: int = 100  # images a forward
     iterations: int = 500  # of calibration
+    distillation: int = 1000  # iterations of the last stage
     base: CalibrationConfig = CalibrationConfig()  # whose batch, trajectory and checkpoints a recipe takes
     recipe: str = "best"  # of every calibrated row but the paper's own
-    shard: int = 1000  # images of a task; the figures do not depend on it
+    shard: int = BLOCK  # images of a task; the figures do not depend on it
     hessian_batches: int = BATCHES
     bootstrap: int = 200  # resamples for FD's interval
     seed: int = 0  # of codebooks and calibration; image i is sampled with seed i
@@ -57,9 +59,16 @@ class TableConfig:
         ("GPTVQ-like, calibrated", (2,)),
         ("VQ4DiT, paper's recipe", (2,)),
         ("VQ4DiT", (4, 3, 2)),
+        ("VQ4DiT, distilled", (4, 3, 2)),
     )
     longer: tuple[tuple[int, int], ...] = ((100, 1000), (250, 400))
-    longer_methods: tuple[tuple[str, int], ...] = (("k-means", 3), ("VQ4DiT", 3), ("k-means", 2), ("VQ4DiT", 2))
+    longer_methods: tuple[tuple[str, int], ...] = (
+        ("k-means", 3),
+        ("VQ4DiT", 3),
+        ("k-means", 2),
+        ("VQ4DiT", 2),
+        ("VQ4DiT, distilled", 2),
+    )
 
     @property
     def caption(self) -> str:
@@ -74,6 +83,10 @@ class TableConfig:
     def calibration(self, name: str | None = None) -> CalibrationConfig:
         """Of the calibrated rows, the paper's own or, without a name, every other one."""
         return named(name or self.recipe).run(self.base, iterations=self.iterations, seed=self.seed)
+
+    def last_stage(self, name: str | None = None) -> CalibrationConfig:
+        """What follows `calibration` in the rows that are distilled. ValueError where the recipe has no last stage."""
+        return named(name or self.recipe).last(self.calibration(name), iterations=self.distillation)
 
     def replace(self, **changes) -> TableConfig:
         """With other values; methods may be lists, as JSON and notebooks have them."""
