@@ -106,7 +106,8 @@ class CalibrationConfig(Settings, _Guided):
     inputs: str = "trajectory"  # or "noise": Gaussian x_t at random timesteps, the control experiment
     timestep_order: str = "staggered"  # each image at its own timestep; "sequential": all at the same one
     block_inputs: str = "full"  # full-precision activations for every block; "student": its own, detached; "end-to-end"
-    loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end")
+    loss_at: str = "block"  # every block's output; "output": the model's output only (needs block_inputs="end-to-end");
+    # "guided": what guidance makes of the output's two halves, which is what sampling takes its steps by
     path: str = "teacher"  # whose x_t the student is given; "student": its own, aimed at the teacher's signal
     activation_checkpointing: bool = False  # end to end: blocks run twice, their activations are not kept
     block_loss: str = "sum"  # over an image's tokens and channels, the squared norm of Eq. 8; "mean": as the release
@@ -136,7 +137,7 @@ class CalibrationConfig(Settings, _Guided):
         self._one_of("inputs", ("trajectory", "noise"))
         self._one_of("timestep_order", ("staggered", "sequential"))
         self._one_of("block_inputs", ("full", "student", "end-to-end"))
-        self._one_of("loss_at", ("block", "output"))
+        self._one_of("loss_at", ("block", "output", "guided"))
         self._one_of("block_loss", ("mean", "sum"))
         self._one_of("path", ("teacher", "student"))
         self._one_of("ratio_loss", ("absolute", "quadratic"))
@@ -155,13 +156,20 @@ class CalibrationConfig(Settings, _Guided):
             raise ValueError(f"{given}, smoothing={self.smoothing}: need ≥ 0, and smoothing below 1")
         if not 0.5 < self.freeze_above <= 1.0:
             raise ValueError(f"freeze_above={self.freeze_above} is outside (0.5, 1]")
-        if self.loss_at == "output" and self.block_inputs != "end-to-end":
-            raise ValueError("loss_at='output' follows the student end to end: it needs block_inputs='end-to-end'")
-        if self.lr_latents < 0 or (self.lr_latents and self.loss_at != "output"):
-            raise ValueError(f"lr_latents={self.lr_latents}: need ≥ 0, and loss_at='output' above it")
-        if self.path == "student" and (self.loss_at != "output" or self.inputs != "trajectory"):
+        if self.on_output and self.block_inputs != "end-to-end":
+            raise ValueError(
+                f"loss_at={self.loss_at!r} follows the student end to end: it needs block_inputs='end-to-end'"
+            )
+        if self.lr_latents < 0 or (self.lr_latents and not self.on_output):
+            raise ValueError(f"lr_latents={self.lr_latents}: need ≥ 0, and loss_at='output' or 'guided' above it")
+        if self.path == "student" and (not self.on_output or self.inputs != "trajectory"):
             given = f"loss_at={self.loss_at!r}, inputs={self.inputs!r}"
-            raise ValueError(f"path='student' needs loss_at='output' and inputs='trajectory', not {given}")
+            raise ValueError(f"path='student' needs loss_at='output' or 'guided' and inputs='trajectory', not {given}")
+
+    @property
+    def on_output(self) -> bool:
+        """Whether the model's output is compared, and not that of its blocks."""
+        return self.loss_at != "block"
 
 
 @dataclass(frozen=True)

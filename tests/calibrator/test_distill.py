@@ -47,12 +47,13 @@ def test_softening_is_undone_by_hardening(scope):
         assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("loss_at", ["output", "guided"])
 @pytest.mark.parametrize("path", ["teacher", "student"])
-def test_it_equals_a_plain_loop_over_both_models(path):
+def test_it_equals_a_plain_loop_over_both_models(path, loss_at):
     """The slow twin: autograd through the whole student, the path's steps and the signals written out."""
     pipe = tiny.pipeline()
     packed = packed_model(pipe)
-    run = distill(pipe, packed, SETTINGS.replace(path=path))
+    run = distill(pipe, packed, SETTINGS.replace(path=path, loss_at=loss_at))
     losses = [record.output_loss for record in run]
 
     student = soften(packed).requires_grad_(False)
@@ -69,14 +70,16 @@ def test_it_equals_a_plain_loop_over_both_models(path):
         with torch.no_grad():
             target = forward(pipe.transformer, batch)
         output = forward(student, taken)
-        if path == "teacher":
-            distance = (output - target).pow(2).mean()
-        else:
+        difference = output - target
+        if path == "student":
             abar = pipe.schedule.respace(5).alphas_cumprod[step].float().repeat(2).view(-1, 1, 1, 1)
             sigma = (1 - abar).sqrt()
             signal, wanted = (b.x - sigma * o[:, :4] for b, o in ((taken, output), (batch, target)))
-            variances = sigma * (output - target)[:, 4:]
-            distance = ((signal - wanted).pow(2).mean() + variances.pow(2).mean()) / 2
+            difference = torch.cat([signal - wanted, sigma * difference[:, 4:]], dim=1)
+        if loss_at == "guided":
+            conditional, null = difference.chunk(2)
+            difference = torch.cat([1.5 * conditional[:, :3] - 0.5 * null[:, :3], conditional[:, 3:]], dim=1)
+        distance = difference.pow(2).mean()
         assert loss == pytest.approx(distance.item(), rel=1e-4)
         (distance * output[0].numel()).backward()
         optimizer.step()
@@ -95,6 +98,14 @@ def test_it_equals_a_plain_loop_over_both_models(path):
             "to_k"
         ):  # softmax does not see its bias: a gradient of rounding, which RMSprop makes a step of
             torch.testing.assert_close(ours.bias, plain.bias, rtol=1e-3, atol=2e-6)
+
+
+def test_without_guidance_the_guided_output_is_the_output():
+    pipe = tiny.pipeline()
+    packed, alone = packed_model(pipe), SETTINGS.replace(guidance_scale=1.0)
+    runs = [distill(pipe, packed, alone.replace(loss_at=loss_at)) for loss_at in ("output", "guided")]
+    losses = [[record.output_loss for record in run] for run in runs]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 6
 
 
 def test_the_student_comes_nearer_to_the_output_and_keeps_its_assignments():
@@ -233,6 +244,8 @@ def test_settings_that_do_not_compare_outputs_are_refused():
         calibrate(pipe, quantize(pipe.transformer, CODES), SETTINGS.replace(lr_latents=0.1))
     with pytest.raises(ValueError, match="2 candidates a sub-vector: harden"):
         with_latents(quantize(pipe.transformer, CODES))
+    with pytest.raises(ValueError, match="loss_at='guided' follows the student end to end"):
+        recipe("best", loss_at="guided")
     with pytest.raises(ValueError, match="path='student' needs loss_at='output'"):
         recipe("best", path="student")
     with pytest.raises(ValueError, match="recipe 'paper' does not distill"):

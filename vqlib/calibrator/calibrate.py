@@ -178,7 +178,7 @@ class Calibration(Iterator[Record]):
             led = self.pipe.output(*taken, model=self.student)
         distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
         compared, at = distances, targets[0]
-        if self.config.loss_at == "output":
+        if self.config.on_output:
             compared, at = [self._output_loss(led, taken, output, inputs)], output
         loss = distance_weight(self.config, at, len(compared)) * sum(compared)
         loss.backward()
@@ -191,9 +191,14 @@ class Calibration(Iterator[Record]):
         return Passed(output, records, trained_on, led.detach() if self.config.path == "student" else None)
 
     def _output_loss(self, led: Tensor, taken: Inputs, output: Tensor, inputs: Inputs) -> Tensor:
-        """The mean squared difference of the outputs, or of the signals they see where the student is on a path of its own."""
+        """The mean squared difference of the outputs, or of the signals they see where the student is on a path of its own.
+
+        Guidance is linear and both halves are at the same x_t, so that of the signals is the signal of the guided output.
+        """
         if self.config.path == "student":
             led, output = self.trajectory.signal(led, taken), self.trajectory.signal(output, inputs)
+        if self.config.loss_at == "guided":
+            led, output = self.trajectory.guide(led), self.trajectory.guide(output)
         return block_loss(led, output)
 
     def _push_ratios(self) -> bool:

@@ -3,7 +3,8 @@
 Block-wise calibration makes every block's error small by itself; how the errors of all blocks meet in the output it does
 not see. Here the student runs end to end, no image seen, and one squared difference is all that is learned from: with
 path="teacher" that of the two outputs (ε and v) at the teacher's x_t; with path="student", as in `recipe_distillation("best")`,
-that of the signals √ᾱ x̂₀ = x − σ ε, the student at its own x_t, the teacher at its own, from the same noise. Assignments
+that of the signals √ᾱ x̂₀ = x − σ ε, the student at its own x_t, the teacher at its own, from the same noise. With
+loss_at="guided" the conditional and the unconditional half count as guidance joins them, at the settings' scale. Assignments
 stay as they are or, with `lr_latents`, follow latent weights that are trained straight through the choice of the nearest codeword.
 """
 
@@ -33,8 +34,10 @@ def distill(
     the settings do not compare outputs.
     """
     config = config or recipe_distillation("best")
-    if config.loss_at != "output":
-        raise ValueError(f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output'")
+    if not config.on_output:
+        raise ValueError(
+            f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output' or 'guided'"
+        )
     packed = harden(model) if soft_layers(model) else model
     student = soften(packed)
     student.quantized_with = {"sha256": _codes_sha256(packed)}  # the run belongs to its start, made here or loaded

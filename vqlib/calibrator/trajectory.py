@@ -67,6 +67,10 @@ class Trajectory:
         step = self.step.repeat(len(output) // len(self.step))  # both halves are at the same ones
         return self.reverse.signal(output, inputs.x, step)
 
+    def guide(self, output: Tensor) -> Tensor:
+        """What a step is taken by: of both halves' outputs [2B, …] the guided one [B, …]; without guidance, the same."""
+        return guide(output, self.config.guidance_scale, self.guided_channels) if self.guided else output
+
     def _batch(self, x: Tensor) -> Inputs:
         timestep, labels = self.timesteps[self.step], self.labels
         if self.guided:
@@ -128,9 +132,7 @@ class Trajectory:
 
     def _moved(self, x: Tensor, output: Tensor, noise: Tensor) -> Tensor:
         """x_{t−1} from x_t by the output of a model for it."""
-        if self.guided:
-            output = guide(output, self.config.guidance_scale, self.guided_channels)
-        return self.reverse.next(output, x, self.step, noise)
+        return self.reverse.next(self.guide(output), x, self.step, noise)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.moves)
