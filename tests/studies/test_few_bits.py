@@ -140,6 +140,16 @@ def test_a_rival_refuses_a_training_that_it_would_not_follow():
             Trained(MOMENTS, OUTPUT.replace(**{name: value}))
 
 
+def test_a_rival_is_trained_on_the_guided_output_where_the_last_stage_is(pipe):
+    def weights(**changes):
+        how = Trained(MOMENTS, OUTPUT.replace(iterations=3, **changes))
+        model = Additive(how, k=16).build(pipe).model
+        return torch.cat([layer.weight.flatten() for layer in structure.quantizable(model).values()])
+
+    assert not torch.equal(weights(), weights(loss_at="guided"))
+    assert torch.equal(weights(guidance_scale=1.0), weights(guidance_scale=1.0, loss_at="guided"))
+
+
 def test_a_rivals_parameters_move_by_the_same_share_of_themselves(pipe):
     layer = next(iter(structure.quantizable(pipe.transformer).values()))
     points = gaussian_scale(e8p()) * e8p()

@@ -179,7 +179,8 @@ class Calibration(Iterator[Record]):
         distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
         compared, at = distances, targets[0]
         if self.config.on_output:
-            compared, at = [self._output_loss(led, taken, output, inputs)], output
+            matched = self.trajectory.matched
+            compared, at = [block_loss(matched(led, taken), matched(output, inputs))], output
         loss = distance_weight(self.config, at, len(compared)) * sum(compared)
         loss.backward()
         for step in self.blocks:
@@ -189,17 +190,6 @@ class Calibration(Iterator[Record]):
         records = [BlockRecord(d.detach(), a, row) for d, a, row in zip(distances, own, seen, strict=True)]
         trained_on = [] if compared is distances else [compared[0].detach()]
         return Passed(output, records, trained_on, led.detach() if self.config.path == "student" else None)
-
-    def _output_loss(self, led: Tensor, taken: Inputs, output: Tensor, inputs: Inputs) -> Tensor:
-        """The mean squared difference of the outputs, or of the signals they see where the student is on a path of its own.
-
-        Guidance is linear and both halves are at the same x_t, so that of the signals is the signal of the guided output.
-        """
-        if self.config.path == "student":
-            led, output = self.trajectory.signal(led, taken), self.trajectory.signal(output, inputs)
-        if self.config.loss_at == "guided":
-            led, output = self.trajectory.guide(led), self.trajectory.guide(output)
-        return block_loss(led, output)
 
     def _push_ratios(self) -> bool:
         """Whether L_r takes part in this step."""

@@ -37,7 +37,7 @@ class Record:
     layers: dict[str, dict[str, Any]]  # name -> frozen, moved, entropy (nats), unused codewords, histogram of max r
     seconds: float  # of this step
     memory: int  # peak bytes so far
-    output_loss: float | None = None  # mean squared difference of outputs, or of signals (path="student")
+    output_loss: float | None = None  # mean squared difference of what `Trajectory.matched` compares
 
     @property
     def loss(self) -> float:

@@ -67,6 +67,15 @@ class Trajectory:
         step = self.step.repeat(len(output) // len(self.step))  # both halves are at the same ones
         return self.reverse.signal(output, inputs.x, step)
 
+    def matched(self, output: Tensor, inputs: Inputs) -> Tensor:
+        """What of an output for `inputs` a student's is compared in: where that is on a path of its own the signal, else all.
+
+        With loss_at="guided" both halves count as guidance joins them. It is linear and they are at the same x_t, so the
+        guided signal is the signal of the guided output.
+        """
+        seen = self.signal(output, inputs) if self.config.path == "student" else output
+        return self.guide(seen) if self.config.loss_at == "guided" else seen
+
     def guide(self, output: Tensor) -> Tensor:
         """What a step is taken by: of both halves' outputs [2B, …] the guided one [B, …]; without guidance, the same."""
         return guide(output, self.config.guidance_scale, self.guided_channels) if self.guided else output

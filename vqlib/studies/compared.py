@@ -67,9 +67,9 @@ class Compared(Generic[Key]):
 def _replicates(folder: Path, task: Evaluated, resamples: int) -> Tensor:
     """Of a finished row, float64 [resamples]; resampled once and kept."""
     rows, key = rows_of(folder), ("replicates", *task.made_of(), resamples)
-    reference = load_reference(task.made.how.reference)
 
     def resampled(_: Path) -> dict:
+        reference = load_reference(task.made.how.reference)
         return {"fd": replicates(task.features(folder), reference.mean, reference.covariance, resamples).tolist()}
 
     rows.make(resampled, *key, wait=True)

@@ -163,7 +163,7 @@ def _distill(pipe: Pipeline, student: nn.Module, layers: list[MadeLinear], confi
         output = teacher_output(pipe, inputs)
         with torch.enable_grad():
             led = pipe.output(*taken, model=student)
-            loss = block_loss(trajectory.signal(led, taken), trajectory.signal(output, inputs))
+            loss = block_loss(trajectory.matched(led, taken), trajectory.matched(output, inputs))
             (distance_weight(config, output) * loss).backward()
         if not loss.isfinite():
             raise FloatingPointError(f"step {iteration}: the loss of a rival's output is {loss.item()}")
