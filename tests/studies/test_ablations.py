@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig
-from vqlib.studies import experiments, row_tasks
+from vqlib.studies import experiments, few_bits, row_tasks
 from vqlib.studies.ablation_settings import SCOPES, Setting, standard_settings, sweep_settings
 from vqlib.studies.ablations import Ablation
 
@@ -52,7 +52,7 @@ def test_rows_of_other_settings_are_other_rows(study, change, monkeypatch):
 
 def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_thing_at_a_time():
     base, vq = CalibrationConfig(iterations=7), VQConfig(candidates=3)
-    settings = standard_settings(vq, base)
+    settings = standard_settings(vq, base, distillation=9)
     assert len({(s.group, s.name) for s in settings}) == len(settings)
     assert all(s.vq.bits == 2 for s in settings)
     by_group = {}
@@ -60,14 +60,19 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         by_group.setdefault(setting.group, {})[setting.name] = setting
     for scope, group in SCOPES.items():
         found = by_group[group]
+        distilled = "best, n = 2, distilled"
         names = ["k-means", *(f"paper, n = {n}" for n in (1, 2, 3, 4)), "release, n = 2"]
-        assert [name for name in found if "iterations" not in name] == [*names, "best, n = 1", "best, n = 2"]
+        assert [name for name in found if "iterations" not in name] == [*names, "best, n = 1", "best, n = 2", distilled]
         assert {s.vq.codebook_scope for s in found.values()} == {scope}
         assert {s.calibration.iterations for n, s in found.items() if s.calibration and "iterations" not in n} == {7}
         released, best = found["release, n = 2"], found["best, n = 2"]
         assert (released.vq.candidates, released.vq.ratio_start) == (2, "distance")
         assert best.calibration == RECIPES["best"].calibration.replace(iterations=7)
         assert best.vq == RECIPES["best"].vq.replace(codebook_scope=scope)
+        assert [name for name, s in found.items() if s.distillation] == [distilled]
+        assert found[distilled].distillation == RECIPES["best"].distillation.replace(iterations=9)
+        assert found[distilled].calibration == best.calibration
+        assert found[distilled].vq == best.vq.replace(codebook_dtype="float16")
     best = by_group["a codebook per layer"]["best, n = 2"]
     shape = {"codebook_scope", "candidates"}
     pieces = {
@@ -88,6 +93,13 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
         "iterations, one codebook": shape | {"iterations"},
         "trained at n = 1, one codebook": shape | {"train_codebooks", "train_biases"},
     }
+    stages = by_group.pop("best: last stage")
+    distilled = by_group["a codebook per layer"]["best, n = 2, distilled"]
+    assert {(s.vq, s.calibration) for s in stages.values()} == {(distilled.vq, distilled.calibration)}
+    assert stages.pop("none").distillation is None
+    whole = dataclasses.asdict(distilled.distillation)
+    changed = [{k for k, v in dataclasses.asdict(s.distillation).items() if v != whole[k]} for s in stages.values()]
+    assert changed == [{"lr_latents"}, set(), {"path"}, {"loss_at"}]
     assert set(pieces) == by_group.keys() - set(SCOPES.values())
     for group, allowed in pieces.items():
         start = (best.calibration, best.vq) if group.startswith("best") else (base, vq)
@@ -98,6 +110,14 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
             assert changed <= allowed, (setting, changed)
             tried |= changed & own
         assert tried == own, group  # every field that the group is about is changed somewhere in it
+
+
+def test_what_is_distilled_is_the_row_of_the_study_of_few_bits():
+    settings = {(s.group, s.name): s for s in standard_settings()}
+    rows = {(c.codes, c.last): c.method(2) for c in few_bits.choices() if c.group == few_bits.OURS}
+    for scope, codes in (("layer", "k 256, d 4"), ("model", "k 256, d 4, one codebook")):
+        assert settings[SCOPES[scope], "best, n = 2, distilled"].method(2) == rows[codes, few_bits.MOVING]
+    assert settings["best: last stage", "none"].method(2) == rows["k 256, d 4", few_bits.NONE]
 
 
 def test_settings_of_one_step_are_settings_too():

@@ -10,31 +10,41 @@ from vqlib.studies.experiments import VectorQuantized
 
 SCOPES = {"layer": "a codebook per layer", "model": "one codebook for all layers"}
 BEST = RECIPES["best"]
+HALF = {"codebook_dtype": "float16"}  # what is distilled is stored as in the study of few bits, whose rows it shares
 K_D_AT_2_BITS = ((4, 1), (16, 2), (64, 3), (256, 4))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of an ablation; `calibration` None is k-means alone. The seed of a row replaces the calibration's own."""
+    """One point of an ablation; `calibration` None is k-means alone, `distillation` the last stage, None for none.
+
+    The seed of a row replaces the settings' own.
+    """
 
     group: str
     name: str
     vq: VQConfig
     calibration: CalibrationConfig | None
+    distillation: CalibrationConfig | None = None
 
     def method(self, seed: int) -> VectorQuantized:
-        """Codes and calibration of that seed."""
-        return VectorQuantized(self.vq, self.calibration).seeded(seed)
+        """Codes, calibration and last stage of that seed."""
+        return VectorQuantized(self.vq, self.calibration, distillation=self.distillation).seeded(seed)
 
 
-def standard_settings(vq: VQConfig | None = None, base: CalibrationConfig | None = None) -> list[Setting]:
+def standard_settings(
+    vq: VQConfig | None = None, base: CalibrationConfig | None = None, distillation: int | None = None
+) -> list[Setting]:
     """The recipes side by side at every n and codebook scope, then the pieces of each changed alone, then the conditions
     under which n = 1 and n = 3 of recipe `paper` could change places.
 
     vq, base: bits, (k, d), k-means and iterations, batch, steps of all settings (n = 3, recipe `paper` unless given).
+    distillation: iterations of the last stage, the recipe's own unless given.
     """
     vq, base = vq or VQConfig(), base or CalibrationConfig()
-    return [*_recipes(vq, base), *_pieces_of_best(vq, base), *_pieces_of_paper(vq, base), *_one_or_three(vq, base)]
+    last = BEST.last(base, **({} if distillation is None else {"iterations": distillation}))
+    pieces = *_pieces_of_best(vq, base), *_last_stage(vq, base, last), *_pieces_of_paper(vq, base)
+    return [*_recipes(vq, base, last), *pieces, *_one_or_three(vq, base)]
 
 
 def sweep_settings(
@@ -49,7 +59,7 @@ def sweep_settings(
     ]
 
 
-def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
+def _recipes(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> Iterator[Setting]:
     release = RECIPES["release"]
     for scope, group in SCOPES.items():
         scoped = vq.replace(codebook_scope=scope)
@@ -59,6 +69,7 @@ def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
         yield Setting(group, "release, n = 2", release.codes(scoped), release.run(base))
         for n in (1, 2):
             yield Setting(group, f"best, n = {n}", BEST.codes(scoped, candidates=n), BEST.run(base))
+        yield Setting(group, "best, n = 2, distilled", BEST.codes(scoped, **HALF), BEST.run(base), last)
     longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes
     alone = BEST.codes(vq, candidates=1)
     yield Setting(SCOPES["layer"], f"best, n = 1, {longer} iterations", alone, BEST.run(base, iterations=longer))
@@ -77,6 +88,18 @@ def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     }
     for name, changes in hardening.items():
         yield Setting("best: hardening", name, BEST.codes(vq), BEST.run(base, **changes))
+
+
+def _last_stage(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> Iterator[Setting]:
+    stages = {
+        "none": None,
+        "codes stay": last.replace(lr_latents=0.0),
+        "codes move": last,
+        "codes move, teacher's path": last.replace(path="teacher"),
+        "codes move, guided output": last.replace(loss_at="guided"),
+    }
+    for name, stage in stages.items():
+        yield Setting("best: last stage", name, BEST.codes(vq, **HALF), BEST.run(base), stage)
 
 
 def _pieces_of_paper(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:

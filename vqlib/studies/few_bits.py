@@ -19,6 +19,7 @@ from vqlib.figures.styles import FULL_PRECISION
 from vqlib.figures.tables import markdown
 from vqlib.models import pipeline
 from vqlib.models.pipeline import BUNDLED, DATA
+from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.ablations import Ablation
 from vqlib.studies.baselines.additive import Additive
 from vqlib.studies.baselines.baseline import FullPrecision, Moments
@@ -32,7 +33,6 @@ from vqlib.studies.on_ray import engine
 
 FOLDER = DATA / "runs" / "few-bits"
 OURS = "VQ4DiT, recipe best"
-HALF = {"codebook_dtype": "float16"}
 CODES = {  # name -> how they differ from k 256, d 4 with a codebook a layer
     "k 256, d 2": HALF | {"bits": 4},
     "k 64, d 2": HALF | {"bits": 3},
