@@ -113,7 +113,9 @@ def test_the_standard_settings_hold_every_recipe_at_both_scopes_and_change_one_t
 
 
 def test_what_is_distilled_is_the_row_of_the_study_of_few_bits():
-    settings = {(s.group, s.name): s for s in standard_settings()}
+    plain, whole = standard_settings(), standard_settings(distillation=RECIPES["best"].distillation.iterations)
+    assert whole[: len(plain)] == plain and not any(s.distillation for s in plain)
+    settings = {(s.group, s.name): s for s in whole}
     rows = {(c.codes, c.last): c.method(2) for c in few_bits.choices() if c.group == few_bits.OURS}
     for scope, codes in (("layer", "k 256, d 4"), ("model", "k 256, d 4, one codebook")):
         assert settings[SCOPES[scope], "best, n = 2, distilled"].method(2) == rows[codes, few_bits.MOVING]

@@ -39,12 +39,11 @@ def standard_settings(
     under which n = 1 and n = 3 of recipe `paper` could change places.
 
     vq, base: bits, (k, d), k-means and iterations, batch, steps of all settings (n = 3, recipe `paper` unless given).
-    distillation: iterations of the last stage, the recipe's own unless given.
+    distillation: iterations of recipe `best`'s last stage, whose settings come after the others; None leaves them out.
     """
     vq, base = vq or VQConfig(), base or CalibrationConfig()
-    last = BEST.last(base, **({} if distillation is None else {"iterations": distillation}))
-    pieces = *_pieces_of_best(vq, base), *_last_stage(vq, base, last), *_pieces_of_paper(vq, base)
-    return [*_recipes(vq, base, last), *pieces, *_one_or_three(vq, base)]
+    known = [*_recipes(vq, base), *_pieces_of_best(vq, base), *_pieces_of_paper(vq, base), *_one_or_three(vq, base)]
+    return known if distillation is None else [*known, *_distilled(vq, base, BEST.last(base, iterations=distillation))]
 
 
 def sweep_settings(
@@ -59,7 +58,7 @@ def sweep_settings(
     ]
 
 
-def _recipes(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> Iterator[Setting]:
+def _recipes(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     release = RECIPES["release"]
     for scope, group in SCOPES.items():
         scoped = vq.replace(codebook_scope=scope)
@@ -69,7 +68,6 @@ def _recipes(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> 
         yield Setting(group, "release, n = 2", release.codes(scoped), release.run(base))
         for n in (1, 2):
             yield Setting(group, f"best, n = {n}", BEST.codes(scoped, candidates=n), BEST.run(base))
-        yield Setting(group, "best, n = 2, distilled", BEST.codes(scoped, **HALF), BEST.run(base), last)
     longer = round(1.4 * base.iterations)  # more minutes than n = 2 takes
     alone = BEST.codes(vq, candidates=1)
     yield Setting(SCOPES["layer"], f"best, n = 1, {longer} iterations", alone, BEST.run(base, iterations=longer))
@@ -88,18 +86,6 @@ def _pieces_of_best(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     }
     for name, changes in hardening.items():
         yield Setting("best: hardening", name, BEST.codes(vq), BEST.run(base, **changes))
-
-
-def _last_stage(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> Iterator[Setting]:
-    stages = {
-        "none": None,
-        "codes stay": last.replace(lr_latents=0.0),
-        "codes move": last,
-        "codes move, teacher's path": last.replace(path="teacher"),
-        "codes move, guided output": last.replace(loss_at="guided"),
-    }
-    for name, stage in stages.items():
-        yield Setting("best: last stage", name, BEST.codes(vq, **HALF), BEST.run(base), stage)
 
 
 def _pieces_of_paper(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
@@ -140,3 +126,19 @@ def _one_or_three(vq: VQConfig, base: CalibrationConfig) -> Iterator[Setting]:
     trained = {"all": {}, "no biases": {"train_biases": False}, "biases alone": {"train_codebooks": "never"}}
     for name, changes in trained.items():
         yield Setting("trained at n = 1, one codebook", name, alone, base.replace(**changes))
+
+
+def _distilled(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -> Iterator[Setting]:
+    """Recipe `best` with its last stage at both scopes, and what of the stage is changed."""
+    for scope, group in SCOPES.items():
+        codes = BEST.codes(vq.replace(codebook_scope=scope), **HALF)
+        yield Setting(group, "best, n = 2, distilled", codes, BEST.run(base), last)
+    stages = {
+        "none": None,
+        "codes stay": last.replace(lr_latents=0.0),
+        "codes move": last,
+        "codes move, teacher's path": last.replace(path="teacher"),
+        "codes move, guided output": last.replace(loss_at="guided"),
+    }
+    for name, stage in stages.items():
+        yield Setting("best: last stage", name, BEST.codes(vq, **HALF), BEST.run(base), stage)
