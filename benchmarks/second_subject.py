@@ -15,11 +15,11 @@ from machine import add_options, device_name, report, versions
 
 import vqlib
 from vqlib.calibrator.runs import read_records
-from vqlib.config import SamplingConfig
+from vqlib.config import OTHER_TRAJECTORIES, SamplingConfig
 from vqlib.evaluation.references import load_reference
 from vqlib.figures.tables import markdown
 from vqlib.models.pipeline import BUNDLED_FLOW, DATA
-from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, packed
+from vqlib.studies.baselines.baseline import Baseline, packed
 from vqlib.studies.experiments import measure
 from vqlib.studies.main_table import FOLDER as TABLES_FOLDER
 from vqlib.studies.main_table import TABLES, Bench, Row

@@ -3,7 +3,16 @@ import json
 import numpy as np
 import pytest
 
-from vqlib.config import RECIPES, CalibrationConfig, SamplingConfig, VQConfig, recipe, recipe_distillation, recipe_vq
+from vqlib.config import (
+    OTHER_TRAJECTORIES,
+    RECIPES,
+    CalibrationConfig,
+    SamplingConfig,
+    VQConfig,
+    recipe,
+    recipe_distillation,
+    recipe_vq,
+)
 
 
 @pytest.mark.parametrize("bits, k, d", [(2, 256, 4), (3, 64, 2), (4, 256, 2)])
@@ -85,7 +94,9 @@ def test_a_recipe_is_laid_over_the_sizes_of_another_study():
     base = CalibrationConfig(iterations=7, batch_size=3, steps=9, guidance_scale=3.5, lr_codebooks=1.0, seed=4)
     sizes = {"batch_size": 3, "steps": 9, "guidance_scale": 3.5}
     assert best.run(base) == recipe("best", iterations=7, **sizes)
-    assert best.last(base, iterations=8) == recipe_distillation("best", iterations=8, seed=5, **sizes)
+    assert best.last(base, iterations=8) == recipe_distillation(
+        "best", iterations=8, seed=4 + OTHER_TRAJECTORIES, **sizes
+    )
     assert best.last(base).iterations == best.distillation.iterations  # which it sets itself
     with pytest.raises(ValueError, match=r"the recipe does not distill; of .* these do: \['best'\]"):
         RECIPES["paper"].last(base)

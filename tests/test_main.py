@@ -8,7 +8,7 @@ import pytest
 
 from vqlib import __main__ as shell
 from vqlib.calibrator.runs import read_records
-from vqlib.config import RECIPES, recipe_vq
+from vqlib.config import OTHER_TRAJECTORIES, RECIPES, recipe_vq
 
 SMALL = ["--set", "vq.k=8", "--set", "vq.d=4", "--set", "vq.kmeans_iterations=2", "--set", "calibration.iterations=2"]
 SMALL += ["--set", "calibration.batch_size=1", "--set", "calibration.steps=2", "--set", "sampling.steps=2"]
@@ -47,8 +47,10 @@ def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, t
     for made, asked in ((tmp_path, []), (folder, ["--distill", "2"]), (tmp_path, ["--distill", "3"])):
         with pytest.raises(SystemExit, match="was made with distillation(.iterations)?="):
             run("calibrate", made, *asked)
-    with pytest.raises(SystemExit, match="--distill 2: a number from 0, of estimate, calibrate, sample, evaluate"):
-        run("table", tmp_path, "--distill", "2")
+    with pytest.raises(
+        SystemExit, match="--distill 2: a number from 0, of estimate, calibrate, sample, evaluate, table"
+    ):
+        run("quantize", tmp_path, "--distill", "2")
 
 
 def test_quantize_is_k_means_alone(tmp_path):
@@ -102,6 +104,16 @@ def test_table_and_evaluate_pass_the_settings_on(folder, monkeypatch, capsys):
     shell.main(["table", "--preset", "dit-mini-fashion-w3", "--set", "calibration.iterations=2", "--out", str(folder)])
     assert seen[1].methods == (("k-means", (3,)), ("VQ4DiT", (3,))) and seen[1].iterations == 2
     assert (folder / "table" / "table.tex").exists() and "| 1.5 |" in capsys.readouterr().out
+
+
+def test_a_table_has_the_last_stage_where_it_is_asked_for_and_the_recipe_has_one(tmp_path, monkeypatch):
+    seen, asked = [], ["table", "--preset", "dit-mini-fashion-w3", "--out", str(tmp_path), "--distill", "7"]
+    monkeypatch.setattr(shell, "make_table", lambda config, *a, **o: seen.append(config) or shell.pd.DataFrame())
+    shell.main([*asked, "--recipe", "best"])
+    assert seen[0].methods[-1] == ("VQ4DiT, distilled", (3,)) and len(seen[0].methods) == 3
+    assert seen[0].last_stage().iterations == 7 and seen[0].calibration().iterations == 500
+    with pytest.raises(SystemExit, match="vqlib table: the recipe does not distill; of .* these do: .'best'."):
+        shell.main(asked)
 
 
 def test_evaluate_says_what_to_expect_where_that_is_known(tmp_path, monkeypatch, capsys):
@@ -171,7 +183,7 @@ def test_a_seed_is_that_of_every_stage_and_the_last_one_has_other_trajectories()
     job = ["calibrate", "--preset", "dit-mini-fashion-w2", "--recipe", "best", "--distill", "100"]
     for more, seed in (([], 0), (["--seed", "3"], 3), (["--set", "calibration.seed=1"], 1)):
         made = asked(*job, *more)
-        assert (made.calibration.seed, made.distillation.seed) == (seed, seed + 1)
+        assert (made.calibration.seed, made.distillation.seed) == (seed, seed + OTHER_TRAJECTORIES)
 
 
 def test_what_is_told_of_a_job_under_way_names_its_stage(folder, tmp_path, monkeypatch, capsys):
@@ -179,7 +191,11 @@ def test_what_is_told_of_a_job_under_way_names_its_stage(folder, tmp_path, monke
     job, told = asked("calibrate", *JOB, "--distill", "5"), ""
     with shell._watching(tmp_path, job):
         for stage in ("calibration", "distillation"):
-            Path(shutil.copytree(folder / "calibration", tmp_path / "copy")).rename(tmp_path / stage)
+            copy = shutil.copytree(folder / "calibration", tmp_path / "copy")
+            if stage == "distillation":  # what it trains on is not the blocks' loss
+                records = (copy / "records.jsonl").read_text().replace('"output_loss": null', '"output_loss": 7.5')
+                (copy / "records.jsonl").write_text(records)
+            Path(copy).rename(tmp_path / stage)
             for _ in range(500):
                 told += capsys.readouterr().out
                 if f"{stage}, iteration" in told:
@@ -189,6 +205,7 @@ def test_what_is_told_of_a_job_under_way_names_its_stage(folder, tmp_path, monke
         "calibration, iteration 2 of 2",
         "distillation, iteration 2 of 5",
     ]
+    assert told.splitlines()[1].startswith("distillation, iteration 2 of 5: loss 7.5,")
 
 
 def test_a_table_calibrates_as_the_job_does(tmp_path, monkeypatch):

@@ -27,17 +27,18 @@ import pandas as pd
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
-from vqlib.config import RECIPES
-from vqlib.evaluation.frechet import check_counts
-from vqlib.evaluation.references import load_reference
+from vqlib.config import OTHER_TRAJECTORIES, RECIPES
+from vqlib.evaluation.references import require_enough
 from vqlib.figures.tables import markdown, save_table
 from vqlib.models import pipeline as models
 from vqlib.models.sampling import sample
+from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.estimate import estimate
 from vqlib.studies.experiments import class_labels, measure, packed_model
 from vqlib.studies.main_table import TableConfig, make_table
 from vqlib.studies.on_ray import PLACES
 from vqlib.studies.presets import PRESETS, Preset, preset
+from vqlib.studies.table_rows import DISTILLED
 from vqlib.system.files import replacing
 
 TABLE_SETTINGS = (
@@ -45,9 +46,10 @@ TABLE_SETTINGS = (
     *("calibration.iterations", "calibration.steps", "calibration.guidance_scale", "calibration.batch_size"),
     *("sampling.steps", "sampling.guidance_scale", "sampling.batch_size"),
 )
-DISTILLING = ("estimate", "calibrate", "sample", "evaluate")
+DISTILLING = ("estimate", "calibrate", "sample", "evaluate", "table")
 REPORT_EVERY = 10.0  # seconds between two looks at a run's records
-SEED = "of codebooks, candidates and calibration, the last stage's is one more; images have seeds 0, 1, 2 …"
+LAST = "iterations of a last stage on the output, recipe best's; codebooks are then stored in float16"
+SEED = f"of codebooks, candidates and calibration, the last stage's is {OTHER_TRAJECTORIES} more; images have seeds 0, 1, 2 …"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,7 +71,10 @@ def check(job: Preset, options: argparse.Namespace) -> None:
     if options.command == "table" and unused:
         raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     if options.command == "table":
-        made = _table(job, options).calibration()
+        table = _table(job, options)
+        if options.distill:
+            table.last_stage()  # a recipe without one is told here
+        made = table.calibration()
         others = [name for name, value in job.calibration.to_dict().items() if value != getattr(made, name)]
         if others:
             raise ValueError(f"--set calibration.{others[0]}: a table has recipe {options.recipe!r} with its own")
@@ -80,8 +85,7 @@ def check(job: Preset, options: argparse.Namespace) -> None:
     with tempfile.TemporaryFile(dir=options.out):  # a read-only or full disk is told here
         pass
     if options.command in ("evaluate", "table"):
-        reference = load_reference(_reference(job))
-        check_counts(job.images, reference.count, len(reference.mean))
+        require_enough(_reference(job), job.images)
 
 
 def estimate_job(job: Preset, options: argparse.Namespace) -> None:
@@ -131,7 +135,7 @@ def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
 
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:
-    """Full precision, k-means and the calibrated model, as CSV and LaTeX."""
+    """Full precision, k-means and the calibrated model, with --distill the distilled one, too, as CSV and LaTeX."""
     config, pipe = _table(job, options), _load(job, options)
     rows = make_table(config, options.out / "table", options.workers, pipe=pipe, on=options.on, store=options.store)
     save_table(rows, options.out / "table" / "table")
@@ -157,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae", default=models.ORIGINAL_VAE, help="folder or hub id of the VAE, for a .pt file")
     parser.add_argument("--prompts", help="a file that Prompts.save wrote, for a text-to-image model")
     parser.add_argument("--recipe", default="paper", choices=RECIPES)
-    parser.add_argument("--distill", type=int, default=0, metavar="N", help="iterations of a last stage on the output")
+    parser.add_argument("--distill", type=int, default=0, metavar="N", help=LAST)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for example vq.candidates=2")
     parser.add_argument("--out", type=Path, help="folder of the job; default: data/runs/<preset>")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 …")
@@ -176,7 +180,8 @@ def _job(options: argparse.Namespace) -> Preset:
     settings = dict(_setting(text) for text in options.set)
     job = preset(options.preset)
     chosen = RECIPES[options.recipe]
-    job = dataclasses.replace(job, vq=chosen.codes(job.vq), calibration=chosen.run(job.calibration, seed=options.seed))
+    vq = chosen.codes(job.vq, **(HALF if options.distill else {}))
+    job = dataclasses.replace(job, vq=vq, calibration=chosen.run(job.calibration, seed=options.seed))
     last = {name: value for name, value in settings.items() if name.startswith("distillation.")}
     job = job.with_settings({name: value for name, value in settings.items() if name not in last})
     return job.distilled(max(0, options.distill)).with_settings(
@@ -185,7 +190,8 @@ def _job(options: argparse.Namespace) -> Preset:
 
 
 def _table(job: Preset, options: argparse.Namespace) -> TableConfig:
-    """The job as a table of k-means and its recipe at its bits."""
+    """The job as a table of k-means, its recipe and, with --distill, its last stage at its bits."""
+    methods = ("k-means", "VQ4DiT", *((DISTILLED,) if options.distill else ()))
     return TableConfig(
         model=options.model or job.model,
         reference=_reference(job),
@@ -197,7 +203,8 @@ def _table(job: Preset, options: argparse.Namespace) -> TableConfig:
         base=job.calibration,
         recipe=options.recipe,
         seed=options.seed,
-        methods=(("k-means", (job.vq.bits,)), ("VQ4DiT", (job.vq.bits,))),
+        distillation=options.distill or TableConfig.distillation,
+        methods=tuple((name, (job.vq.bits,)) for name in methods),
         longer=(),
     )
 
@@ -239,7 +246,8 @@ def _watching(folder: Path, job: Preset):
                 shown = stage, iteration = begun[-1], records[-1].iteration
                 record, total = records[-1], stages[stage].iterations
                 left = (total - iteration) * record.seconds / 60
-                print(f"{stage}, iteration {iteration} of {total}: loss {record.loss:.4g}, {record.seconds:.2f} s each, "
+                loss = record.loss if record.output_loss is None else record.output_loss  # what is trained on
+                print(f"{stage}, iteration {iteration} of {total}: loss {loss:.4g}, {record.seconds:.2f} s each, "
                       f"about {left:.1f} minutes left of it", flush=True)  # fmt: skip
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -45,6 +45,8 @@ def test_softening_is_undone_by_hardening(scope):
     assert len({id(layer.codebook) for layer in soft_layers(student).values()}) == (14 if scope == "layer" else 1)
     for (name, a), b in zip(packed.state_dict().items(), again.state_dict().values(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
+    moved = soften(packed._apply(torch.clone))  # as to("cuda") does it: every buffer becomes a tensor of its own
+    assert len({id(layer.codebook) for layer in soft_layers(moved).values()}) == (14 if scope == "layer" else 1)
 
 
 @pytest.mark.parametrize("loss_at", ["output", "guided"])
@@ -221,6 +223,15 @@ def test_a_run_belongs_to_its_start_made_here_or_loaded(tmp_path):
     again = SETTINGS.replace(activation_checkpointing=True)  # changes no bit, so it may change on the way
     resumed = distill(pipe, loaded, again, out=tmp_path / "parts").finish()
     assert all(torch.equal(values, trained(resumed)[name]) for name, values in trained(whole).items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    pipe = tiny.pipeline()
+    packed = packed_model(pipe)
+    packed.proj_out_2.weight.data *= 1e25  # behind the blocks, whose own losses stay finite
+    run = distill(pipe, packed, SETTINGS.replace(path="teacher"))
+    with pytest.raises(FloatingPointError, match="step 1: the loss of the output is inf"):
+        next(run)
 
 
 def test_a_calibrated_student_is_hardened_first_and_left_alone():

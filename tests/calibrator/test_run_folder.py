@@ -9,8 +9,10 @@ from test_calibrate import GEOMETRY, SETTINGS, prepared, trained_tensors
 
 from vqlib.calibrator import runs
 from vqlib.calibrator.calibrate import calibrate
+from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.config import recipe
+from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear
 
 
@@ -116,6 +118,22 @@ def test_codes_asked_for_otherwise_are_another_run(tmp_path):
     pipe, student = prepared(GEOMETRY.replace(kmeans_iterations=2))
     with pytest.raises(RuntimeError, match="student.quantized_with.kmeans_iterations=100, now .*=2"):
         calibrate(pipe, student, SETTINGS, out=tmp_path)
+
+
+def test_codes_found_by_other_second_moments_are_another_run(tmp_path):
+    pipe, _ = prepared()
+    codes = GEOMETRY.replace(assignment="error-feedback")
+
+    def begun(inputs, batches):
+        student = quantize(pipe.transformer, codes, hessians=input_hessians(pipe, inputs, batches))
+        return calibrate(pipe, student, SETTINGS, out=tmp_path)
+
+    begun(SETTINGS, 1).close()
+    begun(SETTINGS.replace(checkpoint_every=7), 1).close()  # which no second moment follows
+    with pytest.raises(RuntimeError, match="student.quantized_with.hessians.batches=1, now .*=2"):
+        begun(SETTINGS, 2)
+    with pytest.raises(RuntimeError, match="student.quantized_with.hessians.seed=0, now .*=5"):
+        begun(SETTINGS.replace(seed=5), 1)
 
 
 def test_a_stopped_run_may_be_asked_for_more_steps_and_other_checkpoints_but_not_for_fewer_steps_than_it_has(tmp_path):

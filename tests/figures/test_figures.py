@@ -207,6 +207,8 @@ def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():
         "50 steps\n900 images",
         "100 steps\n300 images",
     ]
+    with pytest.raises(ValueError, match="no method of these 2 rows was sampled with several numbers of steps"):
+        figures.steps_plot(table[table["steps"] == 50].head(2), "FD")
     below = table.assign(FD=table["FD"].where(table["method"] != "VQ4DiT", 0.9))
     assert figures.steps_plot(below, "FD").axes[0].get_yscale() == "linear"  # better than full precision: no logarithm
 

@@ -34,20 +34,29 @@ def test_replicates_of_two_rows_pair(tmp_path):
         interval(0.0, a, 1.5)
 
 
-def row(fd):
-    return {"bits_per_weight": 2.0, "metrics": {"fd": fd, "accuracy": None}}
+def row(fd, images=140):
+    return {"bits_per_weight": 2.0, "metrics": {"fd": fd, "accuracy": None, "images": images}}
 
 
 def test_a_verdict_is_given_where_the_interval_of_the_difference_leaves_out_0():
     shared = torch.linspace(-1, 1, 50, dtype=torch.float64)
-    found = {"full": shared, "near": shared + 0.5 + shared * 0.2, "far": shared + 0.5, "two seeds": shared}
+    found = {
+        "full": shared,
+        "near": shared + 0.5 + shared * 0.2,
+        "far": shared + 0.5,
+        "two seeds": shared,
+        "fewer": shared,
+    }
     results = {"full": [row(1.0)], "near": [row(1.1)], "far": [row(1.5)], "two seeds": [row(1.0), row(1.4)]}
+    results["fewer"] = [row(1.0, images=130)]
     rows = Compared(results, found)
     assert rows.more("far", "full") == pytest.approx((0.5, 0.5, 0.5))
     assert rows.verdict("far", "full") == "behind" and rows.verdict("full", "far") == "ahead"
     difference, low, high = rows.more("near", "full")
     assert low < 0 < difference < high and rows.verdict("near", "full") == "not apart"
     assert rows.mean("two seeds", "fd") == pytest.approx(1.2) and math.isnan(rows.mean("full", "accuracy"))
+    with pytest.raises(ValueError, match="far has 140 images, fewer 130: rows compare with the same images"):
+        rows.verdict("far", "fewer")
     assert rows.alone("full")[0] > 0.0 and rows.alone("far")[1] == pytest.approx(1.5 + 0.95, abs=0.01)
 
 

@@ -86,6 +86,8 @@ def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):
         loaded = experiments.packed_model(pipe, vq, how, tmp_path / name)
         assert loaded is not made
         assert fingerprint(made) == fingerprint(loaded)
+    free = settings.replace(checkpoint_every=1)  # which changes no step
+    assert fingerprint(experiments.packed_model(pipe, vq, free, tmp_path / "calibrated")) == fingerprint(made)
     with pytest.raises(RuntimeError, match=r"packed was made with seed=0, now seed=1; give another folder"):
         experiments.packed_model(pipe, vq, None, tmp_path / "k-means", seed=1)
     with pytest.raises(RuntimeError, match=r"calibration=None, now calibration=\{"):

@@ -8,18 +8,19 @@ import tiny
 import torch
 from torch import nn
 
-from vqlib.config import CalibrationConfig, SamplingConfig, recipe_distillation
+from vqlib.config import OTHER_TRAJECTORIES, CalibrationConfig, SamplingConfig, recipe_distillation
 from vqlib.models import structure
 from vqlib.quantizer.codebook import fit_codebook
 from vqlib.studies.ablations import Ablation
 from vqlib.studies.baselines.additive import Additive, learn, least_squares, search, total
-from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Moments
+from vqlib.studies.baselines.baseline import Moments
 from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.lattice import Lattice, LatticeLinear, e8p, gaussian_scale, rotation
 from vqlib.studies.baselines.low_rank import LowRank, low_rank
 from vqlib.studies.baselines.made import Trained, rates
 from vqlib.studies.compared import Compared
 from vqlib.studies.few_bits import MOVING, NONE, Choice, choices, compare, summary
+from vqlib.system.fingerprint import fingerprint
 
 SIZES = {"batch_size": 4, "steps": 4, "iterations": 3}
 INPUTS = CalibrationConfig(**SIZES)
@@ -100,6 +101,16 @@ def test_lattice_codes_undo_their_rotations_and_train_their_gains(pipe, tmp_path
     again = Lattice(TRAINED).build(few, tmp_path)  # from the folder
     assert again.seconds == made.seconds
     assert all(torch.equal(t, made.model.state_dict()[n]) for n, t in again.model.state_dict().items())
+
+
+def test_a_folder_holds_one_rival_of_one_model(pipe, tmp_path):
+    made = Additive(UNTRAINED, k=16).build(pipe, tmp_path)
+    again = Additive(UNTRAINED, k=16).build(pipe, tmp_path)
+    assert again.bits_per_weight == made.bits_per_weight and fingerprint(again.model) == fingerprint(made.model)
+    with pytest.raises(RuntimeError, match=r"dense.safetensors holds Additive\(.*, now LowRank\("):
+        LowRank(UNTRAINED, rank=3).build(pipe, tmp_path)
+    with pytest.raises(RuntimeError, match="holds Additive.* of weights .*, now Additive"):
+        Additive(UNTRAINED, k=16).build(pipe.with_transformer(tiny.transformer(1)), tmp_path)
 
 
 def test_additive_codes_find_their_sums_and_least_squares_never_adds_error():
@@ -190,6 +201,10 @@ def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp
     made = [study.row(row, 0) for row in rows]
     compared = compare(study, [*rows, known[1]], [0, 1])
     assert list(compared.results) == rows  # the others are not finished
+    with pytest.raises(ValueError, match=r"seeds \[0, 0\] repeat"):
+        compare(study, rows, [0, 0])
+    with pytest.raises(ValueError, match="100 images against 10000 of the reference are too few for 128"):
+        replace(study, images=100)  # before anything is trained
     difference, low, high = compared.more(rows[1], rows[0])
     assert difference == pytest.approx(made[1]["metrics"]["fd"] - made[0]["metrics"]["fd"]) and low < difference < high
     found = summary(compared)
@@ -202,7 +217,7 @@ def test_rows_of_the_frontier_are_made_once_and_compared_on_their_own_images(tmp
 def test_a_row_of_several_seeds_counts_by_its_mean():
     one = choices(**SIZES)[1]
     results = [
-        {"bits_per_weight": 2.0, "calibration_minutes": m, "metrics": {"fd": fd, "accuracy": 0.5}}
+        {"bits_per_weight": 2.0, "calibration_minutes": m, "metrics": {"fd": fd, "accuracy": 0.5, "images": 140}}
         for fd, m in ((1.0, 3), (2.0, 5))
     ]
     compared = Compared({one: results}, {one: torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64)})

@@ -33,20 +33,29 @@ def test_rows_start_with_full_precision_then_most_bits_first_and_longer_sampling
         Bench(TableConfig(methods=(("AWQ", (2,)),)), "nowhere", tiny.pipeline())
     with pytest.raises(ValueError, match=r"RTN at 5 bits: a group's size is known for \[2, 3, 4\] bits"):
         Bench(TableConfig(methods=(("RTN", (5,)),)), "nowhere", tiny.pipeline())
+    with pytest.raises(ValueError, match="100 images against 10000 of the reference are too few for 128"):
+        Bench(TableConfig(images=100), "nowhere", tiny.pipeline())  # before anything is trained
     assert config.replace(methods=[["GPTQ", [4]]]).methods == (("GPTQ", (4,)),)
+    paper = TableConfig(recipe="paper")  # which has no last stage
+    assert not any("distilled" in row.method for row in paper.rows()) and "last stage" not in paper.caption
 
 
 def test_the_bundled_table_has_what_the_paper_compares():
     rows = TABLES["dit-mini-fashion"].rows()
     assert {row.images for row in rows if row.steps == 50} == {5000} and {row.steps for row in rows} == {50, 100, 250}
     for bits in (4, 3, 2):
-        assert {"RTN", "GPTQ", "k-means", "VQ4DiT"} <= {row.method for row in rows if row.bits == bits}
+        methods = {"RTN", "GPTQ", "k-means", "VQ4DiT", "VQ4DiT, distilled"}
+        assert methods <= {row.method for row in rows if row.bits == bits}
     two = {row.method for row in rows if row.bits == 2}
     assert {"codebook only", "GPTVQ-like", "GPTVQ-like, calibrated"} <= two
-    shared = TableConfig(base=CalibrationConfig(batch_size=4, steps=25, guidance_scale=4.0), seed=7).caption
+    shared = TableConfig(
+        methods=(("VQ4DiT", (2,)),), base=CalibrationConfig(batch_size=4, steps=25, guidance_scale=4.0), seed=7
+    ).caption
     assert "500 iterations of calibration (recipe best; batch 4, 25 steps, CFG 4.0, seed 7). †" in shared
     last = TableConfig(methods=(("VQ4DiT, distilled", (2,)),), distillation=7).caption
     assert "seed 0), 7 of the last stage where it is distilled. †" in last
+    large = TABLES["dit-xl-2-256"]
+    assert large.last_stage().activation_checkpointing and not TableConfig().last_stage().activation_checkpointing
     assert TABLES["dit-xl-2-256"].model == "facebook/DiT-XL-2-256" and TABLES["dit-xl-2-256"].images == 10_000
 
 

@@ -147,6 +147,8 @@ class Calibration(Iterator[Record]):
         losses, distances = losses[:count], losses[count:]
         for step, loss in zip(self.blocks, losses, strict=True):
             step.checked(loss, moment)
+        if not all(map(math.isfinite, distances)):
+            raise FloatingPointError(f"step {moment.iteration}: the loss of the output is {distances[0]}")
         require_finite(self.pipe, fine)
         self.trajectory.advance(passed.output, passed.led)
         self.iteration += 1

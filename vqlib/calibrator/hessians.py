@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,9 +20,16 @@ from vqlib.models.pipeline import Pipeline
 BATCHES = 64
 
 
-def input_hessians(
-    pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = BATCHES
-) -> dict[str, Tensor]:
+INPUTS = ("batch_size", "steps", "guidance_scale", "inputs", "timestep_order", "products", "seed")  # what they follow
+
+
+class Hessians(dict[str, Tensor]):
+    """By layer name; `made_of`: the settings that they follow, so that a run which begins with others is told apart."""
+
+    made_of: dict[str, Any]
+
+
+def input_hessians(pipe: Pipeline, config: CalibrationConfig | None = None, batches: int = BATCHES) -> Hessians:
     """H = E x xᵀ of every quantizable layer's inputs x, float32 [in, in] by layer name.
 
     The inputs are those of `batches` iterations of `config`: the same trajectories, labels and guidance halves.
@@ -35,7 +43,9 @@ def input_hessians(
         with following(pipe.transformer, lambda *_: None), moments.gathering():
             for _ in range(batches):
                 trajectory.advance(teacher_output(pipe, trajectory.inputs()))
-    return moments.means()
+    found = Hessians(moments.means())
+    found.made_of = {name: getattr(config, name) for name in INPUTS} | {"batches": batches}
+    return found
 
 
 def require_batches(batches: int) -> None:

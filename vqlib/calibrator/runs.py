@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vqlib.system.files import copies, remove_remains, write_bytes, write_tensors
 
-MAY_DIFFER = ("calibration.iterations", "calibration.checkpoint_every", "calibration.activation_checkpointing")
+CHANGE_NO_STEP = ("calibration.checkpoint_every", "calibration.activation_checkpointing")
+MAY_DIFFER = ("calibration.iterations", *CHANGE_NO_STEP)
 TIMELESS = {"lr_decay": "constant", "freeze_rule": "threshold"}  # else a step depends on how many the run will have
 
 

@@ -131,7 +131,7 @@ class Stage:
 
     def packed(self) -> dict[str, VQLinear]:
         """The own layers with their winners, by name, on the CPU."""
-        return {name: harden_layer(layer).cpu() for name, layer in self.layers.items()}
+        return {name: harden_layer(layer, name).cpu() for name, layer in self.layers.items()}
 
     def save(self, folder: Path, iteration: int) -> None:
         """Write a file a block: where stages are cut may change before they are loaded."""

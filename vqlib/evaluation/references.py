@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlib.evaluation.extractors import KINDS, Extractor, Features, load_extractor
-from vqlib.evaluation.frechet import FeatureStatistics
+from vqlib.evaluation.frechet import FeatureStatistics, check_counts
 from vqlib.evaluation.image_sources import count_images, image_blocks
 from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW, DATA
 from vqlib.system.files import write_tensors
@@ -178,6 +178,12 @@ def reference_path(reference: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no reference at {path}; known names: {', '.join(STORED)}")
     return path
+
+
+def require_enough(path: str | Path, images: int) -> None:
+    """ValueError where so many images, or the stored reference's own, are too few for its features; see `check_counts`."""
+    reference = load_reference(path)
+    check_counts(images, reference.count, len(reference.mean))
 
 
 def load_reference(path: str | Path) -> Reference:

@@ -53,7 +53,7 @@ class CodebookView(View):
         """Sub-vectors [N, d], codewords [k, d], use [k] and the relative squared error of a layer."""
         name = settings["layer"]
         layer = self.layers[name]
-        packed = harden_layer(layer) if isinstance(layer, CandidateLinear) else layer
+        packed = harden_layer(layer, name) if isinstance(layer, CandidateLinear) else layer
         weight = self.weights[name].detach().float().cpu()
         codewords = (packed.codebook.float() * packed.scale).cpu()
         x = split(weight, codewords.shape[1], name)  # [out, in] -> [N, d]

@@ -28,9 +28,14 @@ def steps_frame(table: pd.DataFrame, distance: str) -> pd.DataFrame:
 
 
 def steps_plot(table: pd.DataFrame, distance: str, title: str | None = None) -> Figure:
-    """DDPM steps against the distance above full precision's, a line per method and bits; see `steps_frame`."""
-    figure, axis = panel(0.5)
+    """DDPM steps against the distance above full precision's, a line per method and bits; see `steps_frame`.
+
+    ValueError where no method was sampled with several numbers of steps.
+    """
     frame = steps_frame(table, distance)
+    if frame.empty:
+        raise ValueError(f"no method of these {len(table)} rows was sampled with several numbers of steps")
+    figure, axis = panel(0.5)
     for (method, bits), line in frame.groupby(["method", "bits"], sort=False):
         line = line.sort_values("steps")
         look = {"color": method_color(method), "marker": method_marker(method), "linestyle": LINES.get(bits, "-")}

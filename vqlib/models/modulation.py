@@ -154,7 +154,7 @@ def cached_modulation(transformer: nn.Module, budget_bytes: int = 256 << 20) -> 
     pair and block; `budget_bytes` bounds them all. Works for packed and full-precision models and keeps no graph. Outputs
     stay the same but for rounding: matrix products of other numbers of rows may be split differently among threads.
     Do not change weights inside. Threads
-    have a cache each; a model saved inside is the model itself. Raises ValueError for a model without such layers in training mode, or cached already.
+    have a cache each; a model saved inside is the model itself. Raises ValueError for a model without such layers, in training mode, or cached already.
     """
     norms = [m for m in transformer.modules() if isinstance(m, AdaLayerNormZero) and m.emb is not None]
     if not norms or transformer.training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 
 import torch
 from diffusers import ModelMixin
@@ -13,6 +14,7 @@ from vqlib.packed.checkpoint import attach
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.candidates import Candidates, index_dtype
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
+from vqlib.system.fingerprint import digest
 
 
 def harden(student: nn.Module) -> nn.Module:
@@ -26,14 +28,17 @@ def harden(student: nn.Module) -> nn.Module:
     codebooks: dict[int, Tensor] = {}
     for name, layer in soft.items():
         codewords = codebooks.setdefault(id(layer.codebook), _as_stored(layer, name))
-        structure.swap(packed, name, harden_layer(layer, codewords))
+        structure.swap(packed, name, harden_layer(layer, name, codewords))
     packed = packed.eval().requires_grad_(False)
     return attach(packed) if soft and isinstance(packed, ModelMixin) else packed
 
 
-def harden_layer(layer: CandidateLinear, codewords: Tensor | None = None) -> VQLinear:
-    """The packed layer in which every sub-vector takes its winner; `codewords` [k, d] lets layers share one codebook."""
-    codewords = _as_stored(layer, "a layer by itself") if codewords is None else codewords
+def harden_layer(layer: CandidateLinear, name: str, codewords: Tensor | None = None) -> VQLinear:
+    """The packed layer in which every sub-vector takes its winner; `codewords` [k, d] lets layers share one codebook.
+
+    ValueError with the layer's `name` where a codeword does not fit into the type it is stored in.
+    """
+    codewords = _as_stored(layer, name) if codewords is None else codewords
     scale = 1.0 if layer.scale is None else layer.scale.detach()
     shape = layer.out_features, layer.in_features
     return VQLinear.from_assignments(layer.assignments(), codewords, shape, layer.bias, scale)
@@ -42,20 +47,30 @@ def harden_layer(layer: CandidateLinear, codewords: Tensor | None = None) -> VQL
 def soften(packed: nn.Module) -> nn.Module:
     """A student whose assignments are those of the packed transformer: codebooks, scales and biases can be trained again.
 
-    Every layer has one candidate a sub-vector. Shared codebooks stay shared; `harden` is the inverse.
+    Every layer has one candidate a sub-vector. Shared codebooks stay shared, wherever the model was moved since; `harden` is
+    the inverse.
     """
     packed = structure.unwrapped(packed)
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
     student = copy.deepcopy(packed, {id(layer): layer for layer in layers.values()})
-    codebooks: dict[int, nn.Parameter] = {}
+    codebooks: dict[Hashable, nn.Parameter] = {}
     for name, layer in layers.items():
-        book = codebooks.setdefault(id(layer.codebook), nn.Parameter(layer.codebook.float().clone()))
+        book = codebooks.setdefault(_shared_by(packed, layer), nn.Parameter(layer.codebook.float().clone()))
         codes = layer.assignments().unsqueeze(1)  # [N] -> [N, 1]
         candidates = Candidates(codes.to(index_dtype(layer.k)), torch.zeros(codes.shape, device=codes.device))
         scale = layer.scale if layer.scale.item() != 1.0 else None
         shape = layer.out_features, layer.in_features
         structure.swap(student, name, CandidateLinear(book, candidates, shape, layer.bias, scale, layer.codebook.dtype))
     return student.eval()
+
+
+def _shared_by(packed: nn.Module, layer: VQLinear) -> Hashable:
+    """What layers of one codebook have in common: the tensor or, as moving a model gives every layer one of its own, its values."""
+    known = getattr(packed, "hf_quantizer", None)
+    scope = known.quantization_config.config.codebook_scope if known else None
+    if scope is None:
+        return id(layer.codebook)
+    return id(layer) if scope == "layer" else digest([("", layer.codebook)])
 
 
 def _as_stored(layer: CandidateLinear, name: str) -> Tensor:

@@ -14,6 +14,8 @@ from vqlib.quantizer.soft import CandidateLinear, soft_layers
 class LatentLinear(CandidateLinear):
     """A linear layer whose weight is C[A] exactly, A the codewords nearest to latents that are trained.
 
+    They are chosen after the latents' step; a codebook that all blocks share takes its own after that, so that A is nearest in
+    the codebook before it.
     latents: Parameter float32 [N, d] in units of the codebook's first root mean square, `unit` [], so that one rate fits
     layers of any size; at first the codewords themselves. The gradient of C[A] goes to the codebook and, straight through
     the choice of the nearest (van den Oord et al. 2017), to the latents.

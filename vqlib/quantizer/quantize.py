@@ -72,7 +72,8 @@ def quantize_layers(
         own = config.for_layer(next(iter(group)))
         for name, replacement in _quantize_group(group, codewords[label], own, hessians, columns_of):
             structure.swap(student, name, replacement)
-    student.quantized_with = config.to_dict() | {"seed": seed}  # a calibration run belongs to it
+    inputs = getattr(hessians, "made_of", None)  # of `input_hessians`
+    student.quantized_with = config.to_dict() | {"seed": seed, "hessians": inputs}  # a calibration run belongs to it
     return student.eval()
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import pandas as pd
 
 from vqlib.config import SamplingConfig
-from vqlib.evaluation.references import reference_of
+from vqlib.evaluation.references import reference_of, require_enough
 from vqlib.models.pipeline import Pipeline
 from vqlib.studies.engines import complete, run
 from vqlib.studies.experiments import Method
@@ -47,6 +47,7 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.reference is None:
             object.__setattr__(self, "reference", reference_of(self.pipe.name))
+        require_enough(self.reference, self.images)
 
     def row(self, setting: Setting, seed: int) -> dict:
         """The row of one setting and seed of codebooks and calibration; made where it is not finished."""
@@ -70,9 +71,7 @@ class Ablation:
 
     def table(self, settings: Iterable[Setting], seeds: Iterable[int]) -> pd.DataFrame:
         """The finished rows: columns group, setting, seed, fd, accuracy, and the conditions that the rows do not share."""
-        rows, seeds = [], list(seeds)
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds {seeds} repeat: a spread over them would be too small")
+        rows, seeds = [], distinct(seeds)
         for setting in settings:
             for seed in seeds:
                 if (found := self.finished(setting, seed)) is not None:
@@ -85,6 +84,14 @@ class Ablation:
     def _how(self) -> Measuring:
         device = self.device or device_label(self.pipe.device)
         return Measuring.of(self.pipe, self.reference, device=device)
+
+
+def distinct(seeds: Iterable[int]) -> list[int]:
+    """The seeds as a list; ValueError where one is there twice."""
+    seeds = list(seeds)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds} repeat: a spread over them would be too small")
+    return seeds
 
 
 def summary(table: pd.DataFrame, quality: str = "fd") -> pd.DataFrame:

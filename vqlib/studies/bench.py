@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqlib.config import SamplingConfig, VQConfig, recipe_vq
+from vqlib.evaluation.references import require_enough
 from vqlib.models import pipeline
 from vqlib.models.pipeline import Pipeline
+from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.baselines.baseline import Baseline, FullPrecision, Moments
 from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.round_to_nearest import RoundToNearest
 from vqlib.studies.experiments import Method, VectorQuantized
 from vqlib.studies.paper_table import FULL_PRECISION, PAPER
 from vqlib.studies.row_tasks import Evaluated, Made, Measuring
-from vqlib.studies.table_rows import Row, TableConfig
+from vqlib.studies.table_rows import DISTILLED, Row, TableConfig
 from vqlib.studies.tasks import rows_of
 from vqlib.system.memory import device_label
 
@@ -25,7 +27,7 @@ class Bench:
     """A table as a study: the model, how each method's transformer is made from it, and the rows as tasks.
 
     A pipeline that is not given is loaded, onto the GPU where there is one. `device`: of the machines that make the rows,
-    the pipeline's own unless it is given. Raises ValueError for an unknown method.
+    the pipeline's own unless it is given. Raises ValueError for an unknown method, and for fewer images than the features need.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class Bench:
             if row.method in ("RTN", "GPTQ") and row.bits not in GROUP_SIZES:
                 known = f"a group's size is known for {list(GROUP_SIZES)} bits"
                 raise ValueError(f"{row.method} at {row.bits} bits: {known}")
+        for images in {row.images for row in config.rows()}:
+            require_enough(config.reference, images)
         self.config, self.folder, self.pipe = config, Path(folder), pipe or pipeline.load(config.model, device="auto")
         device = device or device_label(self.pipe.device)
         self.how = Measuring.of(self.pipe, config.reference, device=device, shard=config.shard)
@@ -89,7 +93,5 @@ METHODS: dict[str, Callable[[TableConfig, int | None], Method]] = {
     "GPTVQ-like, calibrated": lambda table, bits: _codes(table, _fed_back(bits), table.recipe),
     PAPER: lambda table, bits: _codes(table, recipe_vq("paper", bits), "paper"),
     "VQ4DiT": lambda table, bits: _codes(table, recipe_vq(table.recipe, bits), table.recipe),
-    "VQ4DiT, distilled": lambda table, bits: _codes(
-        table, recipe_vq(table.recipe, bits, codebook_dtype="float16"), table.recipe, distilled=True
-    ),
+    DISTILLED: lambda table, bits: _codes(table, recipe_vq(table.recipe, bits, **HALF), table.recipe, distilled=True),
 }

@@ -54,7 +54,13 @@ class Compared(Generic[Key]):
         return max(0.0, low), high
 
     def more(self, row: Key, than: Key) -> tuple[float, float, float]:
-        """How much more a row's distance is than another's, and the interval of that: apart from 0, the images tell them apart."""
+        """How much more a row's distance is than another's, and the interval of that: apart from 0, the images tell them apart.
+
+        ValueError where the rows have other numbers of images: such images do not pair.
+        """
+        counts = [self.results[key][0]["metrics"]["images"] for key in (row, than)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"{row} has {counts[0]} images, {than} {counts[1]}: rows compare with the same images")
         difference = self.mean(row, "fd") - self.mean(than, "fd")
         return difference, *interval(difference, self.found[row] - self.found[than])
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.distill import distill
 from vqlib.calibrator.hessians import input_hessians
-from vqlib.calibrator.runs import differences, read_records
-from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
+from vqlib.calibrator.runs import CHANGE_NO_STEP, differences, read_records
+from vqlib.config import OTHER_TRAJECTORIES, CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor
 from vqlib.evaluation.references import load_reference, reference_of, reference_path, resolve
@@ -27,7 +27,7 @@ from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden
 from vqlib.quantizer.quantize import fitting_layers, quantize
-from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, Moments, packed
+from vqlib.studies.baselines.baseline import Baseline, Moments, packed
 from vqlib.studies.rows import Rows
 from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
@@ -208,7 +208,9 @@ def _loaded(target: Path, about: dict) -> nn.Module:
     packed = load_transformer(target)
     found = packed.hf_quantizer.quantization_config.provenance
     for key, made, wanted in differences({key: found.get(key) for key in about}, json.loads(json.dumps(about))):
-        if key != "source":  # the same weights may go by another name or path
+        stage, _, field = key.partition(".")
+        free = stage in ("calibration", "distillation") and f"calibration.{field}" in CHANGE_NO_STEP
+        if key != "source" and not free:  # the same weights may go by another name or path
             raise RuntimeError(f"{target} was made with {key}={made}, now {key}={wanted}; give another folder")
     return packed
 

@@ -20,7 +20,7 @@ from vqlib.figures.tables import markdown
 from vqlib.models import pipeline
 from vqlib.models.pipeline import BUNDLED, DATA
 from vqlib.studies.ablation_settings import HALF
-from vqlib.studies.ablations import Ablation
+from vqlib.studies.ablations import Ablation, distinct
 from vqlib.studies.baselines.additive import Additive
 from vqlib.studies.baselines.baseline import FullPrecision, Moments
 from vqlib.studies.baselines.lattice import Lattice
@@ -109,8 +109,8 @@ def choices(**sizes: int) -> list[Choice]:
 
 
 def compare(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int]) -> Compared[Choice]:
-    """What of `rows` is finished, with the seeds that each is made with."""
-    seeds = list(seeds)
+    """What of `rows` is finished, with the seeds that each is made with. ValueError where a seed is there twice."""
+    seeds = distinct(seeds)
     return Compared.of(study.folder, {row: [study.task(row, seed) for seed in row.of(seeds)] for row in rows})
 
 
@@ -134,8 +134,9 @@ def summary(compared: Compared[Choice]) -> pd.DataFrame:
 
 
 def make(study: Ablation, rows: Iterable[Choice], seeds: Iterable[int], workers: int = 1) -> Iterator[Progress]:
-    """The rows that are not finished, by so many processes. RuntimeError at the end names what failed."""
-    seeds, last = list(seeds), None
+    """The rows that are not finished, by so many processes, on a GPU by one. RuntimeError at the end names what failed."""
+    seeds, last = distinct(seeds), None
+    workers = workers if study.pipe.device.type == "cpu" else 1
     wanted = [study.task(row, seed) for row in rows for seed in row.of(seeds)]
     for last in run(study.folder, wanted, engine(workers=workers)):
         yield last
@@ -150,9 +151,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="their places in the list; all unless given")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    options = parser.parse_args()
+    options, known = parser.parse_args(), choices()
+    if any(not 0 <= i < len(known) for i in options.rows or ()):
+        parser.error(f"--rows {' '.join(map(str, options.rows))}: they have places 0 to {len(known) - 1}")
     study = Ablation(pipeline.load(options.model, device="auto"), options.folder, options.images)
-    rows = choices() if options.rows is None else [choices()[i] for i in options.rows]
+    rows = known if options.rows is None else [known[i] for i in options.rows]
     for progress in make(study, rows, options.seeds, options.workers):
         print(progress, flush=True)
     print(markdown(summary(compare(study, rows, options.seeds))))

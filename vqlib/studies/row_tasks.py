@@ -113,7 +113,8 @@ class Made:
         """A core, a GPU where the study's device is one, and memory by the shapes."""
         on_host, sampled = self.how.device == "cpu", SamplingConfig().batch_size
         shape, vq = self.how.geometry, getattr(self.method, "vq", VQConfig())
-        runs = [getattr(self.method, name, None) for name in ("calibration", "distillation")]
+        trained = getattr(self.method, "how", self.method)  # a rival's training stands in its `Trained`
+        runs = [getattr(trained, name, None) for name in ("calibration", "distillation")]
         memory = row_bytes(shape, vq, *runs, sampled, on_host) if shape else 0
         return Needs(1, 0 if on_host else 1, memory)
 

@@ -12,6 +12,8 @@ from vqlib.evaluation.references import OF_MODEL
 from vqlib.models.pipeline import BUNDLED, BUNDLED_FLOW
 from vqlib.studies.paper_table import FULL_PRECISION
 
+DISTILLED = "VQ4DiT, distilled"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,11 +27,6 @@ class Row:
     def __str__(self) -> str:
         bits = "" if self.bits is None else f", {self.bits} bits"
         return f"{self.method}{bits}, {self.steps} steps, {self.images} images"
-
-    @property
-    def cost(self) -> int:
-        """Image steps."""
-        return self.steps * self.images
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,23 @@ class TableConfig:
         ("GPTVQ-like, calibrated", (2,)),
         ("VQ4DiT, paper's recipe", (2,)),
         ("VQ4DiT", (4, 3, 2)),
+        (DISTILLED, (4, 3, 2)),
     )
     longer: tuple[tuple[int, int], ...] = ((100, 1000), (250, 400))
-    longer_methods: tuple[tuple[str, int], ...] = (("k-means", 3), ("VQ4DiT", 3), ("k-means", 2), ("VQ4DiT", 2))
+    longer_methods: tuple[tuple[str, int], ...] = (
+        ("k-means", 3),
+        ("VQ4DiT", 3),
+        ("k-means", 2),
+        ("VQ4DiT", 2),
+        (DISTILLED, 2),
+    )
 
     @property
     def caption(self) -> str:
         """Every condition that the rows share."""
         own = self.calibration()
         along = f"batch {own.batch_size}, {own.steps} steps, CFG {own.guidance_scale}, seed {own.seed}"
-        distilled = any("distilled" in name for name, _ in self.methods)
+        distilled = any(name == DISTILLED and self._has(name) for name, _ in self.methods)
         last = f", {self.distillation} of the last stage where it is distilled" if distilled else ""
         return (
             f"{self.model}: {self.images} images, CFG {self.guidance_scale}, seeds from 0, reference {self.reference}, "
@@ -81,20 +85,27 @@ class TableConfig:
 
     def last_stage(self, name: str | None = None) -> CalibrationConfig:
         """What follows `calibration` in the rows that are distilled. ValueError where the recipe has no last stage."""
-        return named(name or self.recipe).last(self.calibration(name), iterations=self.distillation)
+        memory = {"activation_checkpointing": self.base.activation_checkpointing}
+        return named(name or self.recipe).last(self.calibration(name), iterations=self.distillation, **memory)
 
     def replace(self, **changes) -> TableConfig:
         """With other values; methods may be lists, as JSON and notebooks have them."""
         return dataclasses.replace(self, **{name: _tuples(value) for name, value in changes.items()})
 
     def rows(self) -> list[Row]:
-        """Full precision first, then by bits, most first, in the order of `methods`; longer sampling at the end."""
+        """Full precision first, then by bits, most first, in the order of `methods`; longer sampling at the end.
+
+        Distilled rows are left out where the recipe has no last stage.
+        """
         chosen = [(FULL_PRECISION, None)]
         for bits in sorted({bits for _, all_bits in self.methods for bits in all_bits}, reverse=True):
-            chosen += [(name, bits) for name, all_bits in self.methods if bits in all_bits]
+            chosen += [(name, bits) for name, all_bits in self.methods if bits in all_bits and self._has(name)]
         rows = [Row(name, bits, self.steps, self.images) for name, bits in chosen]
-        again = [(FULL_PRECISION, None), *self.longer_methods]
+        again = [(FULL_PRECISION, None), *(row for row in self.longer_methods if self._has(row[0]))]
         return rows + [Row(name, bits, steps, images) for steps, images in self.longer for name, bits in again]
+
+    def _has(self, method: str) -> bool:
+        return method != DISTILLED or named(self.recipe).distillation is not None
 
 
 def _tuples(value):
@@ -109,6 +120,7 @@ TABLES = {  # by the name of the model; DiT-XL/2 needs one GPU, the hub, and ADM
         reference="VIRTUAL_imagenet256_labeled.npz",
         images=10_000,
         batch_size=32,
+        base=CalibrationConfig(activation_checkpointing=True),  # the last stage in 13 GiB instead of 56
         bootstrap=0,  # 2048 dimensions make a resample cost what the whole row's statistics do
         longer=((100, 10_000), (250, 10_000)),
     ),

@@ -45,9 +45,9 @@ class Additive:
 
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
         """Raises ValueError naming a layer whose width `d` does not divide."""
-        return build(pipe, folder, self.how, self._layers)
+        return build(pipe, folder, self)
 
-    def _layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
+    def layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
         parts = [split(layer.weight.detach().float() / row_scale(layer), self.d, n) for n, layer in layers.items()]
         x = torch.cat(parts)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[:SAMPLE]

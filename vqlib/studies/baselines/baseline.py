@@ -17,8 +17,6 @@ from vqlib.models.pipeline import Pipeline
 from vqlib.packed import container
 from vqlib.packed.checkpoint import size_report
 
-OTHER_TRAJECTORIES = 1000  # from a calibration's seed to that of the last stage
-
 
 @dataclass(frozen=True, eq=False)
 class Baseline:

@@ -42,9 +42,9 @@ class Lattice:
 
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
         """Raises ValueError naming a layer whose width 8 does not divide."""
-        return build(pipe, folder, self.how, self._layers)
+        return build(pipe, folder, self)
 
-    def _layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
+    def layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
         for name, layer in layers.items():
             if layer.in_features % D:
                 raise ValueError(f"in_features {layer.in_features} is not divisible by d={D} ({name})")

@@ -35,9 +35,9 @@ class LowRank:
 
     def build(self, pipe: Pipeline, folder: Path | None = None) -> Baseline:
         """Raises ValueError naming a layer that has fewer inputs or outputs than the rank."""
-        return build(pipe, folder, self.how, self._layers)
+        return build(pipe, folder, self)
 
-    def _layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
+    def layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> dict[str, MadeLinear]:
         for name, layer in layers.items():
             if not 1 <= self.rank <= min(layer.weight.shape):
                 raise ValueError(f"rank={self.rank} is outside 1 … {min(layer.weight.shape)} ({name})")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +25,13 @@ from vqlib.calibrator.losses import block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer
 from vqlib.calibrator.teacher import teacher_output
 from vqlib.calibrator.trajectory import Trajectory
-from vqlib.config import CalibrationConfig
+from vqlib.config import OTHER_TRAJECTORIES, CalibrationConfig
 from vqlib.kernels.products import linear
 from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
-from vqlib.studies.baselines.baseline import OTHER_TRAJECTORIES, Baseline, Moments, stored_bytes
+from vqlib.studies.baselines.baseline import Baseline, Moments, stored_bytes
 from vqlib.system.files import write_tensors
+from vqlib.system.fingerprint import fingerprint
 
 
 class MadeLinear(nn.Module):
@@ -57,7 +59,6 @@ class MadeLinear(nn.Module):
 FOLLOWED = {"path": "student", "lr_latents": 0.0, "products": "float32", "activation_checkpointing": False}
 FOLLOWED |= {"train_codebooks": "always", "train_biases": True}
 Layers = Mapping[str, nn.Linear]
-Make = Callable[[Layers, Mapping[str, Tensor]], Mapping[str, MadeLinear]]
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,30 @@ class Trained:
         return Trained(moments, self.distillation and self.distillation.replace(seed=seed + OTHER_TRAJECTORIES))
 
 
-def build(pipe: Pipeline, folder: Path | None, how: Trained, make: Make) -> Baseline:
-    """The transformer whose quantizable layers `make(layers, hessians)` gives by name, trained, its weights then dense.
+class Rival(Protocol):
+    """A rival's codes: a frozen dataclass of settings, `how` it is trained among them."""
 
-    It is kept in `folder`, where one is given, and taken from there the next time.
+    how: Trained
+
+    def layers(self, layers: Layers, hessians: Mapping[str, Tensor]) -> Mapping[str, MadeLinear]:
+        """What takes the place of these layers, by name; hessians: float32 [in, in] by name."""
+
+
+def build(pipe: Pipeline, folder: Path | None, rival: Rival) -> Baseline:
+    """The transformer whose quantizable layers `rival` gives, trained, its weights then dense.
+
+    It is kept in `folder`, where one is given, and taken from there the next time. RuntimeError where the folder has another
+    rival's or one of other weights.
     """
     layers = structure.quantizable(pipe.transformer)
     kept = None if folder is None else Path(folder) / "dense.safetensors"
-    found = _kept(kept)
+    made_of, found = [repr(rival), fingerprint(pipe.transformer)], _kept(kept)
+    if found and found[1]["made_of"] != made_of:
+        held, wanted = (" of weights ".join(of) for of in (found[1]["made_of"], made_of))
+        raise RuntimeError(f"{kept} holds {held}, now {wanted}; give another folder")
     if found is None:
-        found = _made(pipe, layers, how, make)
+        found = _made(pipe, layers, rival)
+        found[1]["made_of"] = made_of
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(kept, found[0], {"about": json.dumps(found[1])})
@@ -104,19 +119,21 @@ def build(pipe: Pipeline, folder: Path | None, how: Trained, make: Make) -> Base
 
 
 def _kept(path: Path | None) -> tuple[dict[str, Tensor], dict] | None:
-    """What was made before: weights and biases by name, bits and seconds; None where there is none or it is damaged."""
+    """What was made before: weights and biases by name, and of what, bits, seconds; None where there is none or it is damaged."""
     if path is None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
+            about = json.loads(file.metadata()["about"])
+            return ({name: file.get_tensor(name) for name in file.keys()}, about) if "made_of" in about else None
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def _made(pipe: Pipeline, layers: Layers, how: Trained, make: Make) -> tuple[dict[str, Tensor], dict]:
+def _made(pipe: Pipeline, layers: Layers, rival: Rival) -> tuple[dict[str, Tensor], dict]:
+    how = rival.how
     hessians, seconds = input_hessians(pipe, how.moments.inputs, how.moments.batches), 0.0
-    made = make(layers, hessians)
+    made = rival.layers(layers, hessians)
     if how.distillation:
         student = copy.deepcopy(structure.unwrapped(pipe.transformer)).requires_grad_(False)
         for name, layer in made.items():
