@@ -8,6 +8,7 @@ DRIVER := $(VENV)/.browser
 TRITON := $(VENV)/.triton
 RAY := $(VENV)/.ray
 TOUR := data/runs/tour
+DISTILL := 0
 FIND_CHROMIUM := for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" && break; done >/dev/null
 NO_CHROMIUM := make browser needs Chromium or Chrome: install it (Debian: sudo apt-get install chromium), or name it (CHROMIUM=/path/to/it make browser)
 
@@ -19,9 +20,9 @@ help:  ## list the targets
 
 env: $(STAMP)  ## create .venv with everything pinned (about 1.6 GB, a few minutes, once)
 
-demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate, sample, evaluate
+demo: $(STAMP)  ## the main job: quantize the bundled model to 2 bits, calibrate, sample, evaluate; DISTILL=1000 adds the last stage
 	@mkdir -p $(TOUR)
-	$(BIN)/papermill --cwd notebooks --progress-bar notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
+	$(BIN)/papermill --cwd notebooks --progress-bar -p distillation $(DISTILL) notebooks/00_tour.ipynb $(TOUR)/00_tour.ipynb
 	@cat $(TOUR)/summary.txt
 
 test: $(STAMP)  ## linter, formatter, all tests but those in a browser, on a cluster and of the CUDA kernels
