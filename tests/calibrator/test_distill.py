@@ -14,9 +14,10 @@ from vqlib.models.process import guide
 from vqlib.packed.checkpoint import load_transformer, save
 from vqlib.packed.harden import harden, soften
 from vqlib.packed.layer import VQLinear
-from vqlib.quantizer.latent import with_latents
+from vqlib.quantizer.candidates import Candidates
+from vqlib.quantizer.latent import LatentLinear, with_latents
 from vqlib.quantizer.quantize import quantize
-from vqlib.quantizer.soft import soft_layers
+from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
 CODES = VQConfig(k=16, d=4, candidates=2, ratio_start="leading")
 SETTINGS = recipe_distillation("best", iterations=6, batch_size=4, steps=5, checkpoint_every=2, lr_latents=0.0)
@@ -139,6 +140,16 @@ def test_latents_get_the_gradient_of_the_weight_and_choose_the_nearest_codeword(
         layer.latents[5] = layer.codebook[(before[5] + 1) % 16] / layer.unit
     assert layer.reassign().item() == pytest.approx(1 / len(before))
     assert layer.assignments()[5] == (before[5] + 1) % 16
+
+
+@pytest.mark.parametrize("k, d, share", [(256, 4, 1.0), (64, 2, 1.0), (256, 2, 0.5), (32, 1, 0.25)])
+def test_latents_are_given_in_smaller_units_where_codewords_lie_closer(k, d, share):
+    """Or 1,000 steps at 4 bits carry them past codeword after codeword, and the path's error is ten times what it was."""
+    book = torch.nn.Parameter(torch.randn(k, d, generator=torch.Generator().manual_seed(0)))
+    codes = torch.arange(64).remainder(k)[:, None]
+    layer = LatentLinear(CandidateLinear(book, Candidates(codes.short(), torch.zeros(64, 1)), (16, 4 * d), None))
+    assert layer.unit.item() == pytest.approx(share * book.square().mean().sqrt().item())
+    assert torch.equal(layer.assignments(), codes[:, 0]) and layer.reassign() == 0.0
 
 
 def test_assignments_that_follow_latents_lower_the_loss_further():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,10 @@ class LatentLinear(CandidateLinear):
 
     They are chosen after the latents' step; a codebook that all blocks share takes its own after that, so that A is nearest in
     the codebook before it.
-    latents: Parameter float32 [N, d] in units of the codebook's first root mean square, `unit` [], so that one rate fits
-    layers of any size; at first the codewords themselves. The gradient of C[A] goes to the codebook and, straight through
-    the choice of the nearest (van den Oord et al. 2017), to the latents.
+    latents: Parameter float32 [N, d] in `unit` [], at first the codewords themselves: the codebook's first root mean square,
+    so that one rate fits layers of any size, and with more than 3 bits a weight half of it with every bit, as codewords lie
+    closer. The gradient of C[A] goes to the codebook and, straight through the choice of the nearest (van den Oord et al.
+    2017), to the latents.
     """
 
     def __init__(self, layer: CandidateLinear) -> None:
@@ -30,7 +33,9 @@ class LatentLinear(CandidateLinear):
         shape = layer.out_features, layer.in_features
         super().__init__(layer.codebook, chosen, shape, layer.bias, layer.scale, layer.codebook_dtype)
         codewords = layer.codebook.detach()
-        self.register_buffer("unit", codewords.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
+        closer = min(1.0, 2.0 ** (3 - math.log2(len(codewords)) / codewords.shape[1]))
+        size = closer * codewords.square().mean().sqrt()
+        self.register_buffer("unit", size.clamp_min(torch.finfo(torch.float32).tiny))
         self.latents = nn.Parameter(codewords[layer.candidates[:, 0].long()] / self.unit)  # [N, d]
 
     def subvectors(self) -> Tensor:
