@@ -88,6 +88,11 @@ def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):
         assert fingerprint(made) == fingerprint(loaded)
     free = settings.replace(checkpoint_every=1)  # which changes no step
     assert fingerprint(experiments.packed_model(pipe, vq, free, tmp_path / "calibrated")) == fingerprint(made)
+    fed = vq.replace(
+        assignment="error-feedback", candidates=1
+    )  # second moments are gathered by the calibration's settings
+    made = experiments.packed_model(pipe, fed, settings, tmp_path / "fed")
+    assert fingerprint(experiments.packed_model(pipe, fed, free, tmp_path / "fed")) == fingerprint(made)
     with pytest.raises(RuntimeError, match=r"packed was made with seed=0, now seed=1; give another folder"):
         experiments.packed_model(pipe, vq, None, tmp_path / "k-means", seed=1)
     with pytest.raises(RuntimeError, match=r"calibration=None, now calibration=\{"):

@@ -18,8 +18,6 @@ from vqlib.models.pipeline import Pipeline
 
 # Calibration steps; adaLN sees one row an image, 2048 at batch 16 with guidance, for DiT-XL/2's 1152 inputs.
 BATCHES = 64
-
-
 INPUTS = ("batch_size", "steps", "guidance_scale", "inputs", "timestep_order", "products", "seed")  # what they follow
 
 

@@ -209,7 +209,7 @@ def _loaded(target: Path, about: dict) -> nn.Module:
     found = packed.hf_quantizer.quantization_config.provenance
     for key, made, wanted in differences({key: found.get(key) for key in about}, json.loads(json.dumps(about))):
         stage, _, field = key.partition(".")
-        free = stage in ("calibration", "distillation") and f"calibration.{field}" in CHANGE_NO_STEP
+        free = stage in ("calibration", "distillation", "inputs") and f"calibration.{field}" in CHANGE_NO_STEP
         if key != "source" and not free:  # the same weights may go by another name or path
             raise RuntimeError(f"{target} was made with {key}={made}, now {key}={wanted}; give another folder")
     return packed

@@ -26,7 +26,10 @@ def codebook_bytes(shape: Shape, vq: VQConfig, layers: float, soft: Sequence[Can
 
 
 def moments_bytes(shape: Shape, vq: VQConfig) -> int:
-    """All second moments in float32, as if no two layers had the same inputs (q, k and v have), and error feedback's work on the widest layer in float64."""
+    """All second moments in float32, and error feedback's work on the widest layer in float64.
+
+    As if no two layers had the same inputs; q, k and v have.
+    """
     if vq.assignment == "nearest":
         return 0
     moments = sum(into**2 for _, into in shape.shapes)
