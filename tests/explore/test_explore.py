@@ -59,6 +59,13 @@ def test_bits_that_a_method_lacks_become_the_nearest(pipe, models, tmp_path):
         explore.images(pipe, models, bits=7)
 
 
+def test_every_mix_of_methods_has_its_own_images(pipe, models, tmp_path):
+    mixed = {"full precision": models["flat"], "k-means": models["k-means"]}
+    view = explore.images(pipe, mixed, count=4, steps=3, out=tmp_path)
+    assert view.settings["bits"] == 2
+    assert (view.still().data["mean_difference"] > 0).all()  # a method of that name is not the reference
+
+
 def test_images_show_previews_while_they_are_made(pipe, models, tmp_path):
     view = explore.images(pipe, models, count=4, steps=20, out=tmp_path)
     view.still()
@@ -149,6 +156,16 @@ def test_an_interrupt_of_a_waiting_cell_pauses_the_run(pipe, tmp_path):
     assert asyncio.run(cells()) == "paused"
 
 
+def test_a_run_that_made_no_step_says_so(pipe, tmp_path):
+    done = calibration(pipe, None)
+    for _ in done:
+        pass
+    view = explore.run(done, tmp_path)
+    with pytest.raises(ValueError, match="finished: no step was made here"):
+        view.still()
+    assert vqlib.size_report(view.finish()).attrs["bits_per_weight"] < 3
+
+
 def test_a_run_that_fails_says_why(pipe, tmp_path, monkeypatch):
     broken = calibration(pipe, tmp_path / "run")
     monkeypatch.setattr(broken.trajectory, "inputs", lambda: 1 / 0)
@@ -176,6 +193,41 @@ def test_ratios_and_comparison_of_run_folders(pipe, tmp_path):
     assert both.shown.table["run"].tolist() == ["one", "two"] == list(both.shown.data["run"].unique())
     with pytest.raises(ValueError, match="no ratios"):
         explore.ratios(tmp_path / "one" / "calibration")
+
+
+def run_folder(folder, settings, layers, output_loss=None):
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(settings))
+    entry = {"frozen": 0.0, "entropy": 0.5, "unused": 0, "histogram": [5, 5]}
+    seen = {name: {**entry, "count": count, "moved": moved} for name, (count, moved) in layers.items()}
+    records = [Record(i, [1.0], 0.0, seen, 1.0, 0, output_loss) for i in (1, 2)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+    return folder
+
+
+def test_shares_of_winners_are_of_sub_vectors_not_of_layers(tmp_path):
+    layers = {"blocks.0.attn1.to_q": (100, 0.9), "blocks.1.attn1.to_q": (800, 0.1), "blocks.1.ff.net.2": (100, 0.5)}
+    view = explore.ratios(run_folder(tmp_path / "run", {}, layers))
+    assert "all layers: 22% of the winners" in view.still().caption  # (90 + 80 + 50) / 1000
+    lines = {line.get_label(): line.get_ydata()[0] for line in view.shown.draw(True).axes[2].lines}
+    assert lines["q"] == pytest.approx(170 / 900) and lines["MLP 2"] == pytest.approx(0.5)
+
+
+def test_a_comparison_keeps_every_setting_that_differs(tmp_path):
+    runs = [
+        run_folder(
+            tmp_path / name,
+            {"calibration": {"iterations": i, "steps": i}, "pipeline": {"process": {"class": name}, "d": {"class": i}}},
+            {"blocks.0.attn1.to_q": (10, 0.5)},
+            output_loss=0.25,
+        )
+        for i, name in enumerate(("a", "b"), 20)
+    ]
+    view = explore.compare(*runs)
+    table = view.still() and view.shown.table
+    assert table["iterations"].tolist() == [2, 2] and table["calibration.iterations"].tolist() == [20, 21]
+    assert table["steps"].tolist() == [20, 21] and table["output loss"].tolist() == [0.25, 0.25]
+    assert table["pipeline.process.class"].tolist() == ["a", "b"] and table["pipeline.d.class"].tolist() == [20, 21]
 
 
 @pytest.fixture(scope="module")

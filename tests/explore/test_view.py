@@ -104,6 +104,20 @@ def test_export_writes_what_is_shown_at_the_venues_width(tmp_path):
     assert "no such venue" in told[0]
 
 
+def test_an_export_has_the_name_of_what_is_shown_and_not_of_what_is_still_computed(tmp_path):
+    view = Numbers(tmp_path)
+    view.still()
+    view.go.clear()
+    view.set(number=2)
+    assert view.begun.wait(PATIENCE)
+    early = view.export()
+    view.go.set()
+    view.wait(PATIENCE)
+    late = view.export()
+    assert early["csv"].name == "numbers_notebook_0.csv" and early["csv"].read_text() == "number\n0\n"
+    assert late["csv"].name == "numbers_notebook_2.csv" and late["csv"].read_text() == "number\n2\n"
+
+
 def test_one_picture_is_computed_at_a_time(tmp_path):
     class Counted(Numbers):
         together, most = 0, 0

@@ -1,5 +1,8 @@
 """Figures show the data they are given: read back from the artists, never from pixels."""
 
+from dataclasses import replace
+
+import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from vqlib import figures
 from vqlib.calibrator.runs import Record
 from vqlib.figures.styles import METHOD_COLORS, style
+from vqlib.models.structure import quantizable
 from vqlib.studies import few_bits
 
 ITERATIONS = np.arange(1, 101)
@@ -57,6 +61,22 @@ def test_loss_curves_leave_out_what_there_is_nothing_of():
         figures.loss_curves(frame[["iteration"]])
 
 
+def test_two_runs_of_one_method_have_two_colors():
+    figure = figures.loss_curves(pd.concat([run("VQ4DiT, seed 0"), run("VQ4DiT, seed 1")]), smooth=1)
+    first, second = (line.get_color() for line in figure.axes[0].lines)
+    assert first == METHOD_COLORS["VQ4DiT"] and second not in METHOD_COLORS.values()
+
+
+def test_a_run_on_the_output_shows_the_loss_it_is_trained_on():
+    on_output = [replace(record(i), output_loss=0.5 / i) for i in (1, 2)]
+    frame = figures.records_frame(on_output)
+    assert frame["output_loss"].tolist() == [0.5, 0.25]
+    axis = figures.loss_curves(frame, smooth=1).axes[0]
+    assert axis.get_ylabel() == "output loss" and axis.lines[0].get_ydata().tolist() == [0.5, 0.25]
+    both = figures.records_frame([record(1), on_output[1]])  # of different losses that is shown which all have
+    assert figures.loss_curves(both).axes[0].get_ylabel() == "block loss"
+
+
 def test_ratio_heatmap_shows_each_share_in_its_place():
     histograms = figures.ratio_histograms([record(i) for i in (1, 2, 3)])
     mesh = next(
@@ -77,10 +97,20 @@ def test_ratio_heatmap_shows_each_share_in_its_place():
         ("transformer_blocks.0.norm1.linear", (0, "adaLN")),
         ("transformer_blocks.5.ff.net.2", (5, "MLP 2")),
         ("blocks.2.other", (2, "other")),
+        ("model.transformer_blocks.1.ff_context.net.2", (1, "ff_context.net.2")),
+        ("single_transformer_blocks.7.attn.to_q", (7, "single attn.to_q")),
     ],
 )
 def test_layer_place(name, place):
     assert figures.layer_place(name) == place
+
+
+@pytest.mark.parametrize("family", [families.plain_dit, families.pixart, families.sd3, families.flux])
+def test_every_layer_of_a_family_has_a_place_of_its_own(family):
+    names = list(quantizable(family().transformer))
+    assert len({figures.layer_place(name) for name in names}) == len(names)
+    axis = figures.error_by_layer(pd.DataFrame({"layer": names, "error": 1.0})).axes[0]
+    assert np.ma.count(axis.collections[0].get_array()) >= len(names)
 
 
 def errors(method, factor):
@@ -209,6 +239,8 @@ def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():
     ]
     with pytest.raises(ValueError, match="no method of these 2 rows was sampled with several numbers of steps"):
         figures.steps_plot(table[table["steps"] == 50].head(2), "FD")
+    mixed = table.assign(images=[*table["images"][:-1], 301])
+    assert figures.steps_plot(table, "FD").axes[0].get_xticklabels()[1].get_text() == "100 steps\n300 images"
     below = table.assign(FD=table["FD"].where(table["method"] != "VQ4DiT", 0.9))
     assert figures.steps_plot(below, "FD").axes[0].get_yscale() == "linear"  # better than full precision: no logarithm
 

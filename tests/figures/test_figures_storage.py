@@ -24,6 +24,7 @@ def test_bars_are_the_bits_of_each_kind_and_their_areas_the_bytes():
     assert texts(figure)[1] == f"{1 + 16 * 4 * 32 / 256:.2f}"  # q: a float32 codebook for 256 weights
     areas = sum(bar.get_height() * bar.get_width() for bars in (codes, books) for bar in bars)
     assert areas == pytest.approx(report.attrs["bits_per_weight"])
+    assert axis.lines[0].get_label() == f"all packed layers: {areas:.2f}"
     with pytest.raises(ValueError, match="no packed layers"):
         bits_by_layer(report.tail(1))
 

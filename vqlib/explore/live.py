@@ -17,6 +17,7 @@ from vqlib.calibrator.calibrate import Calibration
 from vqlib.calibrator.runs import Record, read_records
 from vqlib.explore.view import Picture, Settings, Task, View
 from vqlib.figures import loss_curves, records_frame
+from vqlib.figures.records import LOSSES, trained_on
 from vqlib.packed.harden import harden
 
 REDRAW_EVERY = 1.0  # seconds
@@ -103,7 +104,9 @@ class RunView(View):
         return self.shown
 
     def picture(self, settings: Settings, prepared: Any) -> Picture:
-        """Curves of all steps so far."""
+        """Curves of all steps so far. ValueError where none was made and none is kept."""
+        if not self.records:
+            raise ValueError(f"{self.state}: no step was made here and no records of a run are kept; nothing to draw")
         frame = records_frame(list(self.records))
         if frame["frozen"].min() == 1.0:  # nothing to choose, nothing to freeze
             frame = frame.drop(columns=["ratio_loss", "frozen"])
@@ -111,7 +114,8 @@ class RunView(View):
 
     def _caption(self, frame: pd.DataFrame) -> str:
         done, total = int(frame["iteration"].iloc[-1]), self.calibration.config.iterations
-        parts = [f"{self.state}: iteration {done} of {total}", f"block loss {frame['loss'].iloc[-1]:.4g}"]
+        loss = trained_on(frame)
+        parts = [f"{self.state}: iteration {done} of {total}", f"{LOSSES[loss]} {frame[loss].iloc[-1]:.4g}"]
         if "frozen" in frame:
             parts.append(f"frozen {frame['frozen'].iloc[-1]:.1%}")
         seconds = frame["seconds"].tail(ETA_STEPS).mean()

@@ -88,7 +88,8 @@ class ImageView(View):
         all_bits = sorted({b for part in self.models.values() for b in part if b is not None})
         controls = [Control("method", "method", tuple(self.models), method, ordered=False)]
         if all_bits:
-            first = min(b for b in self.models[method] if b is not None) if bits is None else bits
+            own = [b for b in self.models[method] if b is not None]
+            first = min(own, default=all_bits[0]) if bits is None else bits
             controls.append(Control("bits", "bits", (*all_bits, FULL), first, tip="of a weight in the blocks"))
         last = len(self.pipe.schedule.timesteps)
         offered = tuple(sorted({s for s in STEPS if s <= last} | {steps}))
@@ -144,7 +145,7 @@ class ImageView(View):
         """Images of one model, uint8 [B, C, H, W], from memory if they were made before."""
         labels, seeds = self._conditions(settings)
         config = SamplingConfig(settings["steps"], settings["guidance_scale"], batch_size=self.count)
-        key = label, config, tuple(labels), tuple(seeds)
+        key = reference is None, label, config, tuple(labels), tuple(seeds)
         if key in self._rows:
             return self._rows[key]
 

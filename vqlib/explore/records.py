@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from matplotlib.figure import Figure
 from vqlib.calibrator.runs import differences, read_records, read_settings
 from vqlib.explore.view import Control, Picture, Settings, View
 from vqlib.figures import KINDS, layer_place, ratio_histograms, records_frame
-from vqlib.figures.layout import headed, plain_log_ticks
-from vqlib.figures.records import heat_map
-from vqlib.figures.styles import METHOD_COLORS, method_color, new_figure
+from vqlib.figures.layout import headed, page_width
+from vqlib.figures.records import LOSSES, curves, heat_map, trained_on
+from vqlib.figures.styles import METHOD_COLORS, new_figure
 
 ALL = "all layers"
 POSITIONS = 100  # of the step slider, about
 SMOOTH = (1, 5, 10, 20, 50, 100)
 KIND_COLORS = dict(zip(KINDS.values(), mpl.colormaps["viridis"](np.linspace(0, 0.92, len(KINDS))), strict=True))
-PAIR = (METHOD_COLORS["VQ4DiT"], METHOD_COLORS["GPTVQ-like"])  # where two runs are of one method
-PANELS = {"loss": "block loss", "frozen": "frozen share", "moved": "winner not first"}
+SHARES = {"frozen": "frozen share", "moved": "winner not first"}
+COMPARED = ("run", "iterations", *LOSSES.values(), *SHARES.values(), "minutes")  # columns before the settings that differ
 
 
 class RatioView(View):
@@ -41,6 +41,7 @@ class RatioView(View):
             raise ValueError(f"{run} holds no records yet")
         self.histograms = {ALL: ratio_histograms(self.records)}
         layers = self.records[0].layers
+        self.counts = pd.Series({name: entry["count"] for name, entry in layers.items()})
         rows = [{n: entry["moved"] for n, entry in record.layers.items()} for record in self.records]
         self.moved = pd.DataFrame(rows, index=self.histograms[ALL].index)
         every, last = max(1, len(rows) // POSITIONS), int(self.moved.index[-1])
@@ -58,21 +59,23 @@ class RatioView(View):
         if layer not in self.histograms:
             self.histograms[layer] = ratio_histograms(self.records, layer)
         histograms = self.histograms[layer]
-        moved = self._moved(layer)
+        chosen = list(self.counts.index) if layer == ALL else [layer]
+        moved = self._moved(chosen)
         frozen = histograms.loc[step].iloc[-1]
-        title = f"Step {step}, {layer}: {moved.loc[step].mean():.0%} of the winners are not the first candidate"
+        share = np.average(self.moved.loc[step, chosen], weights=self.counts[chosen])
+        title = f"Step {step}, {layer}: {share:.0%} of the winners are not the first candidate"
         caption = f"{title} · {frozen:.1%} of the largest ratios are above {histograms.columns[-1]:g}"
         return Picture(partial(_draw_ratios, histograms, moved, step, title), caption, histograms.reset_index())
 
-    def _moved(self, layer: str) -> pd.DataFrame:
-        """Share of sub-vectors whose winner is not the first candidate, a column per kind of layer or of one."""
-        if layer != ALL:
-            return self.moved[[layer]]
-        return self.moved.T.groupby([layer_place(name)[1] for name in self.moved], sort=False).mean().T
+    def _moved(self, chosen: list[str]) -> pd.DataFrame:
+        """Share of sub-vectors whose winner is not the first candidate, a column per kind of layer."""
+        kinds = [layer_place(name)[1] for name in chosen]
+        moved = (self.moved[chosen] * self.counts[chosen]).T.groupby(kinds, sort=False).sum().T
+        return moved / self.counts[chosen].groupby(kinds, sort=False).sum()
 
 
 def _draw_ratios(histograms: pd.DataFrame, moved: pd.DataFrame, step: int, title: str, titled: bool) -> Figure:
-    width = mpl.rcParams["figure.figsize"][0]
+    width = page_width()
     wide = width >= 5
     figure = new_figure(0.4 * width if wide else 1.3 * width)
     shape = {"ncols": 3, "width_ratios": (1.3, 1, 1)} if wide else {"nrows": 3}
@@ -110,55 +113,42 @@ class CompareView(View):
         for run, frame in zip((run_a, run_b), self.frames.values(), strict=True):
             if frame.empty:
                 raise ValueError(f"{run} holds no records yet")
-        found = differences(*(read_settings(run / "run.json") for run in (run_a, run_b)))
-        self.differences = {key.rpartition(".")[2]: values for key, *values in found}
+        self.data = pd.concat([frame.assign(run=name) for name, frame in self.frames.items()], ignore_index=True)
+        found = {key: values for key, *values in differences(*(read_settings(r / "run.json") for r in (run_a, run_b)))}
+        self.differences = {label: found[key] for key, label in _labels(list(found), COMPARED).items()}
         super().__init__([Control("smooth", "smooth", SMOOTH, 20, tip="steps of the moving mean")], out)
 
     def picture(self, settings: Settings, prepared: Any) -> Picture:
         """The lines; the table holds both ends and the settings that differ."""
-        smooth = settings["smooth"]
+        smooth, loss = settings["smooth"], trained_on(self.data)
         tails = [frame.tail(smooth).mean() for frame in self.frames.values()]
         rows = [
             {
                 "run": name,
-                "steps": len(frame),
-                "block loss": tail["loss"],
-                "frozen": tail["frozen"],
-                "winner not first": tail["moved"],
+                "iterations": len(frame),
+                LOSSES[loss]: tail[loss],
+                **{label: tail[column] for column, label in SHARES.items()},
                 "minutes": frame["seconds"].sum() / 60,
                 **{key: values[i] for key, values in self.differences.items()},
             }
             for i, ((name, frame), tail) in enumerate(zip(self.frames.items(), tails, strict=True))
         ]
-        losses = " against ".join(f"{row['block loss']:.4g} ({row['run']})" for row in rows)
+        losses = " against ".join(f"{row[LOSSES[loss]]:.4g} ({row['run']})" for row in rows)
         differ = ", ".join(f"{key} {a} / {b}" for key, (a, b) in self.differences.items()) or "no setting differs"
-        caption = f"block loss at the end {losses}, mean of the last {smooth} steps · {differ}"
-        data = pd.concat([frame.assign(run=name) for name, frame in self.frames.items()], ignore_index=True)
-        return Picture(partial(_draw_pair, self.frames, smooth), caption, data, pd.DataFrame(rows))
+        caption = f"{LOSSES[loss]} at the end {losses}, mean of the last {smooth} steps · {differ}"
+        panels = {loss: LOSSES[loss], **SHARES}
+        return Picture(partial(_draw_pair, self.data, panels, smooth), caption, self.data, pd.DataFrame(rows))
 
 
-def _draw_pair(frames: Mapping[str, pd.DataFrame], smooth: int, titled: bool) -> Figure:
-    width = mpl.rcParams["figure.figsize"][0]
-    wide = width >= 5
-    figure = new_figure(0.28 * width + 0.5 if wide else 0.7 * width + 0.8)
-    axes = figure.subplots(*((1, 3) if wide else (3, 1)), sharex=True)
-    own = [method_color(name) for name in frames]
-    colors = own if len(set(own)) == len(own) else PAIR
-    for axis, (column, label) in zip(axes, PANELS.items(), strict=True):
-        for (name, frame), color in zip(frames.items(), colors, strict=True):
-            axis.plot(frame["iteration"], frame[column], color=color, alpha=0.2, linewidth=0.6)
-            mean = frame[column].rolling(smooth, min_periods=1, center=True).mean()
-            axis.plot(frame["iteration"], mean, color=color, label=name)
-        axis.set_ylabel(label)
-        if column == "loss":
-            axis.set_yscale("log")
-            plain_log_ticks(axis.yaxis)
-        else:
-            axis.set_ylim(-0.02, 1.02)  # lines at 0 and at 1 are seen whole
-    for axis in axes if wide else axes[-1:]:
-        axis.set_xlabel("step")
-    title = "Two runs, step by step" if titled else None
-    return headed(figure, title, *axes[0].get_legend_handles_labels())
+def _labels(keys: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """The last word of each dotted key, and the whole key where that word is another's or among `taken`."""
+    words = [key.rpartition(".")[2] for key in keys]
+    alone = {word for word in words if words.count(word) == 1} - set(taken)
+    return {key: word if word in alone else key for key, word in zip(keys, words, strict=True)}
+
+
+def _draw_pair(data: pd.DataFrame, panels: Mapping[str, str], smooth: int, titled: bool) -> Figure:
+    return curves(data, panels, "Two runs, step by step" if titled else None, smooth)
 
 
 def _names(run_a: Path, run_b: Path) -> tuple[str, str]:

@@ -78,6 +78,7 @@ class View:
         self.controls, self.out = tuple(controls), Path(out).expanduser()
         self.settings: dict[str, Any] = {control.name: control.value for control in controls}
         self.shown: Picture | None = None  # the last finished picture
+        self.shown_settings: Settings = self.settings  # what it was made with; the settings may be ahead of it
         self.error: Exception | None = None
         self.listeners: list[Any] = []  # panels: .show(png, caption), .finished(picture), .synchronize()
         self._seen, self._drawing = LRUCache(SEEN), Drawing()
@@ -117,7 +118,7 @@ class View:
             settings, task = dict(self.settings), Task(self, self._newest)
             known = self._seen.get(self._key(settings))
         if known is not None:
-            self._finish(known, task)
+            self._finish(known, settings, task)
         else:
             threading.Thread(target=self._compute, args=(settings, task), name="vqlib-explore", daemon=True).start()
 
@@ -132,12 +133,9 @@ class View:
                 known = self.picture(settings, self.prepare(settings, Task(None, 0))).rendered()
                 with self._lock:
                     self._seen[key] = known
-        self.shown = known
+        with self._lock:
+            self.shown, self.shown_settings = known, settings
         return known
-
-    def figure(self) -> Figure:
-        """The figure of the settings, computed now, in the style around the call."""
-        return self.still().draw(True)
 
     def wait(self, timeout: float | None = None) -> None:
         """Until the newest request is shown; raises what went wrong, TimeoutError after `timeout` seconds."""
@@ -147,8 +145,11 @@ class View:
 
     def export(self, venue: str = "notebook", columns: int = 1) -> dict[str, Path]:
         """Write what is shown into `out`, as wide as the venue's column (columns=1) or text; returns {suffix: path}."""
-        picture = self.shown or self.still()
-        values = [venue, *("wide" for _ in range(columns - 1)), *map(str, self.settings.values())]
+        if self.shown is None:
+            self.still()
+        with self._lock:
+            picture, settings = self.shown, self.shown_settings
+        values = [venue, *("wide" for _ in range(columns - 1)), *map(str, settings.values())]
         stem = self.out / re.sub(r"[^\w.-]+", "-", "_".join([self.name, *values]))
         with style(venue, columns):
             paths = save_figure(picture.draw(venue == "notebook"), stem, picture.data)
@@ -197,13 +198,14 @@ class View:
             return self._fail(error, task)
         with self._lock:
             self._seen[key] = picture
-            self._finish(picture, task)
+            self._finish(picture, settings, task)
 
-    def _finish(self, picture: Picture, task: Task) -> None:
+    def _finish(self, picture: Picture, settings: Settings, task: Task) -> None:
         with self._lock:
             if task.cancelled:
                 return
-            self.shown, self.error, self._finished = picture, None, task.number
+            self.shown, self.shown_settings = picture, settings
+            self.error, self._finished = None, task.number
             for listener in self.listeners:
                 listener.show(picture.png, picture.caption)
                 listener.finished(picture)

@@ -15,24 +15,23 @@ from vqlib.figures.styles import method_color, method_key, new_figure
 def ablation_plot(
     rows: pd.DataFrame,
     title: str | None = None,
-    quality: str = "fd",
     label: str = "FD",
     references: Mapping[str, float] | None = None,
 ) -> Figure:
-    """One row of panels per group: columns group, setting, seed and `quality`; settings stand in their order of appearance.
+    """One row of panels per group: columns group, setting, seed and fd; settings stand in their order of appearance.
 
     Dots are seeds; bars span mean ± one standard deviation. `references` (method -> value) are horizontal dotted lines.
     """
-    groups = list(rows.dropna(subset=[quality]).groupby("group", sort=False))
+    groups = list(rows.dropna(subset=["fd"]).groupby("group", sort=False))
     if not groups:
-        raise ValueError(f"no row has a value in column {quality!r}")
+        raise ValueError("no row has a value in column 'fd'")
     width = page_width()
     columns = min(len(groups), 3 if width >= 5 else 2)
     lines = -(-len(groups) // columns)
     figure = new_figure(lines * (0.22 * width + 0.55 if width >= 5 else 0.55 * width) + 0.3)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis, (name, group) in zip(axes.flat, groups, strict=False):
-        _panel(axis, str(name), group, quality, references or {})
+        _panel(axis, str(name), group, references or {})
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
@@ -40,12 +39,12 @@ def ablation_plot(
     return legended(figure, title, axes.flat[0])
 
 
-def _panel(axis, name: str, group: pd.DataFrame, quality: str, references: Mapping[str, float]) -> None:
+def _panel(axis, name: str, group: pd.DataFrame, references: Mapping[str, float]) -> None:
     settings = list(group["setting"].unique())
     for method, value in references.items():
         axis.axhline(value, color=method_color(method), linewidth=0.9, linestyle=":", label=method, zorder=1)
     for place, setting in enumerate(settings):
-        values = group.loc[group["setting"] == setting, quality].to_numpy(dtype=float)
+        values = group.loc[group["setting"] == setting, "fd"].to_numpy(dtype=float)
         color = method_color(setting if method_key(setting) else "VQ4DiT")
         axis.scatter(np.full(len(values), place), values, s=9, color=color, linewidths=0, alpha=0.7, zorder=3)
         if len(values) > 1:

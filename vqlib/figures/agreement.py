@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layers import kinds_in_order, layer_place
 from vqlib.figures.layout import by_run, headed, legended, note, page_width, panel
-from vqlib.figures.styles import method_color, method_marker, new_figure
+from vqlib.figures.styles import method_color, method_marker, new_figure, run_colors
 
 CHANCE = "chance"  # the stage in which assignments are shuffled
 CHANCE_COLOR = "#777777"
@@ -43,16 +42,16 @@ def agreement_plot(agreement: pd.DataFrame, title: str | None = None) -> Figure:
 
 
 def winner_plot(positions: pd.DataFrame, title: str | None = None) -> Figure:
-    """Fig. 4: columns position, share, and where runs or layers are compared: run, count. One bar per position and run.
+    """Fig. 4: columns position and count, a row per layer or for all; a column `run` gives a bar per position and run.
 
-    Shares of several layers are averaged by their `count`. The dotted line is 1/n, a choice made blindly.
+    The bars are shares of all the counts of a run. The dotted line is 1/n, a choice made blindly.
     """
     runs, n = by_run(positions), int(positions["position"].max())
     figure, axis = panel(0.5)
-    for i, (name, run) in enumerate(runs):
+    for i, ((name, run), color) in enumerate(zip(runs, run_colors([name for name, _ in runs]), strict=True)):
         counts = run.groupby("position")["count"].sum().reindex(range(1, n + 1), fill_value=0)
         place = np.arange(1, n + 1) + (i - (len(runs) - 1) / 2) * 0.8 / len(runs)
-        bars = axis.bar(place, counts / counts.sum(), 0.74 / len(runs), color=_run_color(name, i), label=name)
+        bars = axis.bar(place, counts / counts.sum(), 0.74 / len(runs), color=color, label=name)
         axis.bar_label(bars, fmt=lambda share: f"{share:.1%}", label_type="center", color="white")
     _chance_line(axis, 1 / n)
     axis.set_xticks(range(1, n + 1), ["first", *(f"{i}." for i in range(2, n + 1))])
@@ -70,8 +69,7 @@ def choice_by_distance(choices: pd.DataFrame, title: str | None = None, chance: 
     """
     figure, axis = panel(0.5)
     runs = by_run(choices)
-    for i, (name, run) in enumerate(runs):
-        color = _run_color(name, i)
+    for (name, run), color in zip(runs, run_colors([name for name, _ in runs]), strict=True):
         axis.plot(run["relative_distance"], run["share"], color=color, linewidth=0.9, label=name)
         axis.scatter(run["relative_distance"], run["share"], s=60 * run["count"] / run["count"].max(), color=color)
     axis.set(xlabel="distance of the candidate / distance of the nearest", ylabel="share chosen")
@@ -86,8 +84,3 @@ def _chance_line(axis, share: float, below: bool = False) -> None:
     look = {"ha": "right", "va": "top" if below else "bottom", "color": CHANCE_COLOR}
     note(axis, f"blind choice {share:.3g}", (1, share), (-2, -8 if below else 3), ("axes fraction", "data"), **look)
 
-
-def _run_color(name: str, place: int) -> str:
-    """A method's own color; the runs of one method after the first in lighter shades of it."""
-    base = np.array(mpl.colors.to_rgb(method_color(name)))
-    return mpl.colors.to_hex(base + (1 - base) * 0.3 * (place % 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from vqlib.figures.layout import color_bar, headed, legended, log_scale, panel
 from vqlib.figures.styles import method_color, method_marker
 
-KINDS = {  # the end of a quantized layer's name -> its short label, in the order of the forward pass
+KINDS = {  # a DiT's layers by their names within a block -> short labels, in the order of the forward pass
     "norm1.linear": "adaLN",
     "attn1.to_q": "q",
     "attn1.to_k": "k",
@@ -21,13 +22,19 @@ KINDS = {  # the end of a quantized layer's name -> its short label, in the orde
     "ff.net.0.proj": "MLP 1",
     "ff.net.2": "MLP 2",
 }
+NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")  # list of blocks, number, name within the block
 
 
 def layer_place(name: str) -> tuple[int, str]:
-    """(block, kind) of a quantized layer's name: 'transformer_blocks.3.attn1.to_q' -> (3, 'q')."""
-    block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-    kind = next((label for ending, label in KINDS.items() if name.endswith(ending)), name.rsplit(".", 1)[-1])
-    return block, kind
+    """(block, kind) of a quantized layer's name: 'transformer_blocks.3.attn1.to_q' -> (3, 'q').
+
+    Layers that a DiT has not have the name within their block as kind, with FLUX's second list of blocks before it:
+    'single_transformer_blocks.7.proj_mlp' -> (7, 'single proj_mlp'). A name without a number counts as of block 0.
+    """
+    found = NUMBERED.search(name)
+    blocks, number, within = found.groups() if found else ("", "0", name)
+    other = blocks.removesuffix("blocks").removesuffix("transformer_").strip("_")
+    return int(number), " ".join(part for part in (other, KINDS.get(within, within)) if part)
 
 
 def kinds_in_order(kinds: Iterable[str]) -> list[str]:

@@ -12,20 +12,21 @@ from matplotlib.ticker import MaxNLocator
 
 from vqlib.calibrator.runs import Record
 from vqlib.figures.layout import by_run, color_bar, headed, legended, log_scale, note, page_width, panel
-from vqlib.figures.styles import METHOD_COLORS, method_color, method_marker, new_figure
+from vqlib.figures.styles import METHOD_COLORS, method_marker, new_figure, run_colors
 
-LOSS_PANELS = {"loss": "block loss", "ratio_loss": "ratio loss", "frozen": "frozen share"}
+LOSSES = {"loss": "block loss", "output_loss": "output loss"}
 RATIO_PANELS = {"entropy": "entropy (nats)", "frozen": "frozen share", "moved": "winner not the first"}
 
 
 def records_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per record: iteration, loss, ratio_loss, seconds, memory (bytes), unused codewords, the means of frozen,
-    moved and entropy over all sub-vectors, and the losses block_0 …"""
+    moved and entropy over all sub-vectors, the losses block_0 …, and output_loss where a record has one."""
     rows = []
     for record in records:
         row = {key: getattr(record, key) for key in ("iteration", "loss", "ratio_loss", "seconds", "memory")}
         row |= {"unused": sum(layer["unused"] for layer in record.layers.values())}
         row |= {key: record.mean(key) for key in ("frozen", "moved", "entropy")}
+        row |= {} if record.output_loss is None else {"output_loss": record.output_loss}
         rows.append(row | {f"block_{i}": loss for i, loss in enumerate(record.block_losses)})
     return pd.DataFrame(rows)
 
@@ -53,23 +54,31 @@ def ratio_histograms(records: Iterable[Record], layer: str | None = None) -> pd.
     return frame.set_axis([i / frame.shape[1] for i in range(frame.shape[1])], axis=1)
 
 
+def trained_on(records: pd.DataFrame) -> str:
+    """The column of the loss that is trained on: the output's where all records have it, else the blocks'."""
+    return "output_loss" if "output_loss" in records and records["output_loss"].notna().all() else "loss"
+
+
 def loss_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 20) -> Figure:
     """Losses and frozen share against the iteration, faint as measured and strong as a moving mean over `smooth` iterations.
 
-    Columns: iteration, loss, and where there are such: ratio_loss, frozen. A column `run` gives one line per run.
+    Columns: iteration, loss or output_loss, and where there are such: ratio_loss, frozen. A column `run` gives one line per
+    run. Of the two losses that is drawn which is trained on.
     """
-    return _curves(records, LOSS_PANELS, title, smooth)
+    loss = trained_on(records)
+    return curves(records, {loss: LOSSES[loss], "ratio_loss": "ratio loss", "frozen": "frozen share"}, title, smooth)
 
 
-def ratio_curves(records: pd.DataFrame, title: str | None = None, smooth: int = 1) -> Figure:
+def ratio_curves(records: pd.DataFrame, title: str | None = None) -> Figure:
     """How decided the ratios are against the iteration: mean entropy, frozen share, share whose winner is not the first.
 
     Columns as in `records_frame`; a column `run` gives one line per run.
     """
-    return _curves(records, RATIO_PANELS, title, smooth)
+    return curves(records, RATIO_PANELS, title, smooth=1)
 
 
-def _curves(records: pd.DataFrame, labels: Mapping[str, str], title: str | None, smooth: int) -> Figure:
+def curves(records: pd.DataFrame, labels: Mapping[str, str], title: str | None, smooth: int) -> Figure:
+    """A panel for each of the columns `labels` in which there is anything, a line per `run`."""
     panels = [(c, label) for c, label in labels.items() if c in records and records[c].abs().sum() > 0]
     if not panels:
         raise ValueError(f"columns {list(records.columns)} hold none of {list(labels)}")
@@ -78,14 +87,15 @@ def _curves(records: pd.DataFrame, labels: Mapping[str, str], title: str | None,
     figure = new_figure(0.28 * width + 0.5 if wide else (0.23 * width + 0.12) * len(panels) + 0.4)
     axes = np.ravel(figure.subplots(*((1, len(panels)) if wide else (len(panels), 1)), sharex=True, squeeze=False))
     runs = by_run(records)
+    colors = run_colors([name for name, _ in runs])
     for axis, (column, label) in zip(axes, panels, strict=True):
-        for name, run in runs:
-            _curve(axis, run["iteration"], run[column], name, smooth)
+        for (name, run), color in zip(runs, colors, strict=True):
+            _curve(axis, run["iteration"], run[column], name, color, smooth)
         axis.set_ylabel(label)
-        if column == "loss":
+        if column in LOSSES:
             log_scale(axis, "y")
         elif column in ("frozen", "moved"):
-            axis.set_ylim(0, 1)
+            axis.set_ylim(-0.02, 1.02)  # lines at 0 and at 1 are seen whole
     for axis in axes if wide else axes[-1:]:
         axis.set_xlabel("iteration")
     if not wide:
@@ -93,9 +103,8 @@ def _curves(records: pd.DataFrame, labels: Mapping[str, str], title: str | None,
     return legended(figure, title, axes[0]) if len(runs) > 1 else headed(figure, title)
 
 
-def _curve(axis, x: pd.Series, y: pd.Series, name: str, smooth: int) -> None:
+def _curve(axis, x: pd.Series, y: pd.Series, name: str, color: str, smooth: int) -> None:
     """A line, and with `smooth` > 1 the measured values faintly behind their moving mean."""
-    color = method_color(name)
     if smooth > 1:
         axis.plot(x, y, color=color, alpha=0.25, linewidth=0.6)
     axis.plot(x, y.rolling(smooth, min_periods=1, center=True).mean(), color=color, label=name)
@@ -110,8 +119,9 @@ def block_losses(records: pd.DataFrame, title: str | None = None, window: int = 
     if not columns:
         raise ValueError(f"columns {list(records.columns)} hold no block losses")
     figure, axis = panel(0.45, 0.2)
-    for name, run in by_run(records):
-        color, marker = method_color(name), method_marker(name)
+    runs = by_run(records)
+    for (name, run), color in zip(runs, run_colors([name for name, _ in runs]), strict=True):
+        marker = method_marker(name)
         for part, look, label in ((run.head(window), "--", None), (run.tail(window), "-", name)):
             losses = part[columns].mean().to_numpy()
             axis.plot(range(len(losses)), losses, look, color=color, marker=marker, label=label)

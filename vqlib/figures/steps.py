@@ -43,7 +43,7 @@ def steps_plot(table: pd.DataFrame, distance: str, title: str | None = None) -> 
     if (frame["added"] > 0).all():
         log_scale(axis, "y")
     axis.set_xscale("log")
-    counts = frame.groupby("steps")["images"].max()
+    counts = frame.groupby("steps")["images"].agg(lambda images: " or ".join(map(str, sorted(set(images)))))
     axis.set_xticks(counts.index, [f"{steps} steps\n{images} images" for steps, images in counts.items()])
     axis.minorticks_off()
     axis.set(ylabel=f"{distance} above full precision's")

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from vqlib.figures.layers import kinds_in_order, layer_place
 from vqlib.figures.layout import headed, legended, note, panel
 from vqlib.figures.sizes import SIZE_PARTS
-from vqlib.figures.styles import METHOD_COLORS
+from vqlib.figures.styles import FULL_PRECISION, METHOD_COLORS
 
 MODE_STYLES = {  # how a model is run -> color and marker; modes are no methods, so they have colors of their own
     "speed mode": ("#0072B2", "s"),
@@ -26,7 +26,7 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
     """Stored bits per weight, a bar per kind of layer (mean over blocks): codes, and the codebook on top.
 
     report: `vqlib.size_report`. The widths of the bars are the shares of all weights, so areas are bytes; the dotted
-    line is the whole model's mean.
+    line is the mean of all packed layers.
     """
     layers = report.dropna(subset=["k"])
     if layers.empty:
@@ -45,7 +45,7 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
     for middle, bottom, total in zip(left + widths / 2, codes, codes + books, strict=True):
         note(axis, f"{total:.2f}", (middle, bottom), (0, -3), ha="center", va="top", color="white")
     mean = 8 * parts[["codes_bytes", "codebook_bytes"]].to_numpy().sum() / parts["weights"].sum()
-    axis.axhline(mean, color="#333333", linestyle=":", linewidth=1.0, label=f"all layers: {mean:.2f}")
+    axis.axhline(mean, color="#333333", linestyle=":", linewidth=1.0, label=f"all packed layers: {mean:.2f}")
     axis.set_xticks(left + widths / 2, parts.index)
     axis.tick_params(axis="x", length=0)
     axis.grid(False, axis="x")
@@ -54,16 +54,16 @@ def bits_by_layer(report: pd.DataFrame, title: str | None = None) -> Figure:
     return legended(figure, title, axis)
 
 
-def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full precision") -> Figure:
+def mode_times(times: pd.DataFrame, title: str | None = None) -> Figure:
     """Time of a forward by mode and batch, relative to the same weights in dense layers; whiskers are quartiles.
 
     Columns batch, method, ratio, low, high (`vqlib.packed.timing.compare` per batch). The gray floor is method "matrix
     products alone": what no way to store the weights goes below.
     """
     batches = list(dict.fromkeys(times["batch"]))
-    modes = [name for name in dict.fromkeys(times["method"]) if name not in (base, FLOOR)]
+    modes = [name for name in dict.fromkeys(times["method"]) if name not in (FULL_PRECISION, FLOOR)]
     if not modes:
-        raise ValueError(f"methods {sorted(set(times['method']))} hold nothing to compare with {base!r}")
+        raise ValueError(f"methods {sorted(set(times['method']))} hold nothing to compare with {FULL_PRECISION!r}")
     figure, axis = panel(0.45, 0.25)
     rows = times.set_index(["batch", "method"])
     top = max(1.0, times["high"].max())
@@ -79,9 +79,9 @@ def mode_times(times: pd.DataFrame, title: str | None = None, base: str = "full 
             shape = {"fmt": marker, "color": color, "capsize": 2, "elinewidth": 0.9, "zorder": 3}
             axis.errorbar(x, row["ratio"], yerr=np.abs(spread), **shape)
             note(axis, f"{row['ratio']:.2f}", (x, row["high"]), (0, 3), ha="center", color=color)
-    axis.axhline(1.0, color=METHOD_COLORS["full precision"], linewidth=1.0, zorder=2)
+    axis.axhline(1.0, color=METHOD_COLORS[FULL_PRECISION], linewidth=1.0, zorder=2)
     axis.set_xticks(range(len(batches)), [f"{batch}" for batch in batches])
-    axis.set(xlim=(-0.5, len(batches) - 0.5), ylim=(0, 1.12 * top), ylabel=f"time / {base}")
+    axis.set(xlim=(-0.5, len(batches) - 0.5), ylim=(0, 1.12 * top), ylabel=f"time / {FULL_PRECISION}")
     axis.set_xlabel("images per forward, guided")
     axis.grid(False, axis="x")
     styles = [MODE_STYLES.get(mode, OTHER_STYLE) for mode in modes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,24 +94,34 @@ def method_color(name: str) -> str:
     return METHOD_COLORS[key] if key else OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
 
 
+def run_colors(names: Sequence[str]) -> list[str]:
+    """Each run's method's color; where a run before it has that already, one that is no listed method's."""
+    colors: list[str] = []
+    for name in names:
+        spare = (color for color in OTHER_COLORS if color not in colors)
+        own = method_color(name)
+        colors.append(next(spare, own) if own in colors else own)
+    return colors
+
+
 def method_marker(name: str) -> str:
     """A method's marker, so that figures can be read without color."""
     return METHOD_MARKERS.get(method_key(name), "h")
 
 
 @contextmanager
-def style(venue: str = "notebook", columns: int = 1, fraction: float = 1.0) -> Iterator[Venue]:
-    """Figures made inside are `fraction` of the venue's column (`columns=1`) or text width (`columns=2`) wide.
+def style(venue: str = "notebook", columns: int = 1) -> Iterator[Venue]:
+    """Figures made inside are as wide as the venue's column (`columns=1`) or text (`columns=2`).
 
     Names are case-insensitive. Raises ValueError for an unknown venue or a width that does not exist.
     """
     names = {name.lower(): name for name in VENUES}
     if venue.lower() not in names:
         raise ValueError(f"venue {venue!r} is not one of {', '.join(VENUES)}")
-    if columns not in (1, 2) or not 0 < fraction <= 1:
-        raise ValueError(f"columns={columns}, fraction={fraction}: columns is 1 or 2, fraction in (0, 1]")
+    if columns not in (1, 2):
+        raise ValueError(f"columns={columns} is not 1 or 2")
     chosen = VENUES[names[venue.lower()]]
-    width = (chosen.column if columns == 1 else chosen.text) * fraction
+    width = chosen.column if columns == 1 else chosen.text
     with mpl.style.context(["default", _settings(chosen, width)]):  # whatever style or theme the user has set
         yield chosen
 
