@@ -108,9 +108,9 @@ def main() -> None:
         notes.append(f"Estimated: codebooks {expected.seconds['codebooks']:.1f} s, calibration "
                      f"{expected.seconds['calibration']:.1f} s, peak memory {expected.peak_memory / 2**30:.2f} GiB.")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        out, cache = (f"{folder}/run", f"{folder}/codebooks") if options.resume else (None, None)
+        out = f"{folder}/run" if options.resume else None
         started = time.perf_counter()
-        student = quantize(pipe.transformer, vq, cache=cache)
+        student = quantize(pipe.transformer, vq)
         notes.append(f"Codebooks (one pass) and candidates: {time.perf_counter() - started:.1f} s.")
         run = calibrate(pipe, student, config, out=out)
         every = max(1, options.iterations // options.floors)
@@ -118,8 +118,8 @@ def main() -> None:
         for iteration in range(options.iterations):
             if options.resume and iteration == half:
                 run.close()
-                del run, student  # a run goes on from the student it started with: made anew, from the codebooks kept
-                run = calibrate(pipe, quantize(pipe.transformer, vq, cache=cache), config, out=out)
+                del run, student  # a run goes on from the student it started with, made anew
+                run = calibrate(pipe, quantize(pipe.transformer, vq), config, out=out)
                 notes.append(f"Stopped and resumed at step {run.iteration} of {options.iterations}.")
             before = time.process_time()
             record = next(run)

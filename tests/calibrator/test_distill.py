@@ -6,6 +6,7 @@ import torch
 
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.distill import distill
+from vqlib.calibrator.losses import block_loss
 from vqlib.calibrator.runs import read_records
 from vqlib.calibrator.teacher import outputs_of
 from vqlib.calibrator.trajectory import Trajectory
@@ -198,6 +199,20 @@ def test_activation_checkpointing_keeps_one_block_at_a_time():
         return sum(sizes.values())
 
     assert held(True) < 0.5 * held(False)
+
+
+def test_no_graph_is_kept_of_block_losses_that_are_only_recorded(monkeypatch):
+    pipe, graphs = tiny.pipeline(), []
+    run = distill(pipe, packed_model(pipe), SETTINGS)
+
+    def seen(a, b):
+        graphs.append(torch.is_grad_enabled())
+        return block_loss(a, b)
+
+    monkeypatch.setattr("vqlib.calibrator.calibrate.block_loss", seen)
+    assert min(next(run).block_losses) > 0
+    run.close()
+    assert graphs == [False] * len(pipe.transformer.transformer_blocks) + [True]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.02])

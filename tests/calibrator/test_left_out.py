@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from vqlib.calibrator import diagnostics
 from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.distill import distill
 from vqlib.config import VQConfig, recipe, recipe_distillation
@@ -12,6 +13,7 @@ from vqlib.models.geometry import MIB, Geometry
 from vqlib.packed.checkpoint import load_transformer, save, size_report
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.quantize import quantize
+from vqlib.quantizer.soft import soft_layers
 
 CODES = VQConfig(k=16, d=4, candidates=2, full_precision=("*.to_k", "transformer_blocks.1.*"))
 SHORT = {"iterations": 4, "batch_size": 2, "steps": 3}
@@ -31,6 +33,13 @@ def test_the_whole_chain_leaves_them_as_they_are(tmp_path):
         assert isinstance(loaded.get_submodule(name), VQLinear) is (name not in left), name
         if name in left:
             assert torch.equal(loaded.get_submodule(name).weight, layer.weight.half().float()), name
+
+
+def test_gradients_are_those_of_the_layers_that_are_quantized():
+    pipe = tiny.pipeline()
+    student = quantize(pipe.transformer, CODES)
+    found = diagnostics.subvector_gradients(pipe, student, recipe("paper", **SHORT), batches=1)
+    assert set(found) == set(soft_layers(student)) and all(grad.abs().sum() > 0 for grad in found.values())
 
 
 def test_stored_bits_count_them_at_sixteen():

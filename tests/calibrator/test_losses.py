@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from vqlib.calibrator.losses import absolute_ratio_loss, add_ratio_gradients, block_loss, quadratic_ratio_loss
+from vqlib import kernels
+from vqlib.calibrator.losses import add_ratio_gradients, block_loss
 from vqlib.kernels import FROZEN_LOGIT, soft_reconstruct
 
 
@@ -27,8 +28,10 @@ def test_block_loss_is_the_mean_squared_difference():
     "ratios, value", [([0.5, 0.5], 2.0), ([0.9, 0.1], 0.4), ([0.4, 0.3, 0.3], 2.0), ([0.7, 0.2, 0.1], 1.2)]
 )
 def test_absolute_ratio_loss_by_hand(ratios, value):
-    assert absolute_ratio_loss(logits_of(ratios)).item() == pytest.approx(value, abs=1e-5)
-    assert absolute_ratio_loss(logits_of(ratios, ratios)).item() == pytest.approx(value, abs=1e-5)  # per sub-vector
+    assert kernels.ratio_loss("absolute", logits_of(ratios)).item() == pytest.approx(value, abs=1e-5)
+    assert kernels.ratio_loss("absolute", logits_of(ratios, ratios)).item() == pytest.approx(
+        value, abs=1e-5
+    )  # per sub-vector
 
 
 @pytest.mark.parametrize("n", [3, 4, 8])
@@ -49,4 +52,4 @@ def test_absolute_ratio_loss_pushes_the_winner_up_once_it_leads():
 def test_quadratic_ratio_loss_leaves_frozen_rows_out():
     open_row = [math.log(0.75), math.log(0.25)]
     logits = torch.tensor([open_row, [0.0, FROZEN_LOGIT]])
-    assert quadratic_ratio_loss(logits).item() == pytest.approx(2 * 0.75 * 0.25, abs=1e-6)
+    assert kernels.ratio_loss("quadratic", logits).item() == pytest.approx(2 * 0.75 * 0.25, abs=1e-6)

@@ -1,6 +1,7 @@
 """A run on disk: what it belongs to, how it goes on, and that its folder is free whatever went wrong."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,26 @@ def test_whatever_goes_wrong_in_a_step_gives_the_folder_back(tmp_path, monkeypat
     pipe, student = prepared()
     calibrate(pipe, student, SETTINGS, out=tmp_path).close()
     del caught
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_gives_the_folder_back(tmp_path):
+    pipe, student = prepared()
+    run = calibrate(pipe, student, SETTINGS, out=tmp_path)
+    run.folder._records = open("/dev/full", "a", encoding="utf-8")
+    with pytest.raises(OSError, match="No space left") as caught:
+        next(run)
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    del caught
+
+
+def test_a_run_belongs_to_the_teacher_compiled_or_not(tmp_path):
+    pipe, student = prepared()
+    calibrate(pipe, student, SETTINGS, out=tmp_path).close()
+    pipe, student = prepared()
+    compiled = pipe.with_transformer(torch.compile(pipe.transformer, backend="eager"))
+    calibrate(compiled, student, SETTINGS, out=tmp_path).close()
 
 
 def test_settings_that_json_cannot_hold_give_the_folder_back(tmp_path):

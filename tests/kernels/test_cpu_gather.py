@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vqlib import kernels
 from vqlib.kernels.bits import bits_for, pack_codes, unpack_codes
 from vqlib.kernels.cpu_gather import gather
 
@@ -54,11 +55,11 @@ def test_what_does_not_fit_together_is_refused():
     _, packed, table = draw(16, 64, 4)
     for out in (torch.empty(62, 4), torch.empty(66, 4), torch.empty(64, 2)):
         with pytest.raises(ValueError, match="32 bytes of 4-bit codes and a torch.float32 codebook"):
-            gather(packed, 4, table, ONE, out)
+            kernels.gather(packed, 4, table, ONE, out)
     with pytest.raises(ValueError, match="do not fill"):
-        gather(packed, 4, torch.zeros(17, 4), ONE, torch.empty(64, 4))
-    with pytest.raises(ValueError, match="must be contiguous"):
-        gather(packed, 4, table, ONE, torch.empty(4, 64).t())
+        kernels.gather(packed, 4, torch.zeros(17, 4), ONE, torch.empty(64, 4))
+    with pytest.raises(ValueError, match=r"\[64, 4\] of strides \(1, 64\)"):
+        kernels.gather(packed, 4, table, ONE, torch.empty(4, 64).t())
 
 
 @pytest.mark.parametrize("held, dtype", [(torch.float32, torch.float32), (torch.float16, torch.bfloat16)])

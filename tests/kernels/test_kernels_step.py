@@ -67,6 +67,16 @@ def test_the_limit_is_the_largest_ratio_of_that_rank_and_what_is_above_it_freeze
         kernels.ratio_limit(logits, 0)
 
 
+def test_the_twins_limit_freezes_what_is_above_it_and_no_equal_row():
+    generator = torch.Generator().manual_seed(0)
+    logits, candidates = torch.randn(1000, 3, generator=generator), torch.zeros(1000, 3, dtype=torch.uint8)
+    for z in (logits, logits[:1].expand(1000, 3).contiguous()):
+        largest = reference.largest_ratios(z)
+        limit = reference.ratio_limit(z, 500)
+        frozen = reference.settle_ratios(z, candidates, 1, limit, False)[2].item()
+        assert frozen == (largest > limit).double().mean().item() <= 0.5
+
+
 def test_ratios_of_frozen_sub_vectors_are_exactly_one_hot():
     codewords = torch.tensor([[1.0, 3.0], [1e30, -1e30]])
     logits = torch.tensor([[0.0, kernels.FROZEN_LOGIT]]).requires_grad_()

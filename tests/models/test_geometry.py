@@ -41,7 +41,7 @@ def test_sizes_are_the_quoted_ones(bits):
 def test_sizes_are_those_of_a_packed_model(scope, rules):
     vq = VQConfig(k=16, d=4, codebook_scope=scope, candidates=1, **rules)
     model = tiny.transformer(blocks=3)
-    table = size_report(harden(quantize(model, vq)), storage="float32")
+    table = size_report(harden(quantize(model, vq), storage="float32"))
     sizes = Geometry.of(model.config).sizes(vq)
     assert sizes.codes * MIB == table["codes_bytes"].sum()
     assert sizes.codebooks * MIB == table["codebook_bytes"].sum()

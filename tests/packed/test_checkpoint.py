@@ -128,8 +128,29 @@ def test_float32_storage_rounds_nothing(tmp_path):
     save(model, tmp_path / "wide", storage="float32")
     loaded = load_transformer(tmp_path / "wide").state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.items())
-    save(model, tmp_path / "half")
+    save(model, tmp_path / "again")  # what is known of the model stays true
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    save(model, tmp_path / "half", storage="float16")
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="rounded to float16 when it was packed"):
+        save(model, tmp_path / "wide", storage="float32")
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_hardened_model_is_the_students_own_values_and_none_of_its_memory(scope, tmp_path):
+    student = quantize(tiny_dit(), VQConfig(k=8, d=4, candidates=2, codebook_scope=scope, kmeans_iterations=2))
+    wide, half = harden(student, storage="float32"), harden(student)
+    expected = {name: tensor for name, tensor in student.state_dict().items() if name in wide.state_dict()}
+    assert all(torch.equal(wide.state_dict()[name].float(), tensor) for name, tensor in expected.items())
+    assert size_report(wide).attrs["tensor_bytes"] > 1.5 * size_report(half).attrs["tensor_bytes"]
+    save(wide, tmp_path / "wide")
+    loaded = load_transformer(tmp_path / "wide").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wide.state_dict().items())
+    before = forward(half)
+    with torch.no_grad():
+        for tensor in student.parameters():  # what goes on training
+            tensor.mul_(1.5)
+    assert torch.equal(forward(half), before)
 
 
 def test_values_beyond_half_precision_are_kept_in_full(tmp_path):

@@ -31,6 +31,14 @@ def test_it_is_the_linear_layer_of_its_codewords(k, bias):
     assert torch.equal(packed(x), linear(x, weight, b))  # the buffer made in inference mode serves outside of it
 
 
+def test_kept_weights_of_a_layer_without_bias_are_not_rounded_to_its_codebooks_type():
+    packed, codes, codewords, _ = layer(bias=False, scale=0.3)
+    packed.codebook = packed.codebook.half()
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    rebuilt = packed(x)
+    assert torch.equal(packed.materialize()(x), rebuilt)
+
+
 def test_layers_of_different_size_share_the_buffer_without_disturbing_each_other():
     small, big = layer(out=8)[0], layer(out=64, seed=2)[0]
     x = torch.ones(1, 16)
@@ -48,7 +56,7 @@ def test_gradients_reach_the_input_through_two_layers():
 
 def test_moving_dtype_moves_codebook_and_bias_only():
     packed, codes, _, _ = layer(scale=0.3)
-    packed.materialize().to(torch.float16)
+    packed.materialize(torch.float32).to(torch.float16)
     assert packed.codebook.dtype == packed.bias.dtype == packed.dense.dtype == torch.float16
     assert packed.scale.dtype == torch.float32 and float(packed.scale) == pytest.approx(0.3, abs=1e-7)
     assert packed.codes.dtype == torch.uint8 and torch.equal(packed.assignments(), codes)

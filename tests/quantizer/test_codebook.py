@@ -1,19 +1,15 @@
-"""k-means: quality, guarantees, errors, and the cache on disk."""
+"""k-means: quality, guarantees, errors; layers fitted together."""
 
 import pytest
 import torch
 
 from vqlib.quantizer import codebook as module
 from vqlib.quantizer import lloyd
-from vqlib.quantizer.codebook import cached_codebooks, fit_codebook, fit_codebooks
+from vqlib.quantizer.codebook import fit_codebook, fit_codebooks
 
 
 def _points(count=6000, d=4, seed=0):
     return torch.randn(count, d, generator=torch.Generator().manual_seed(seed))
-
-
-def _cached(x, k, folder, **options):
-    return cached_codebooks({"layer": x}, k, folder, **options)["layer"]
 
 
 def _plain_lloyd(x, codewords, iterations):
@@ -160,41 +156,6 @@ def test_half_precision_weights_are_accepted():
     assert fit_codebook(_points(200).half(), 8).codewords.dtype == torch.float32
 
 
-def test_cache_answers_the_second_call_without_fitting(tmp_path, monkeypatch):
-    x = _points(800)
-    first = _cached(x, 16, tmp_path, seed=2)
-    monkeypatch.setattr(module, "fit_codebooks", lambda *a, **o: pytest.fail("fitted again"))
-    again = _cached(x, 16, tmp_path, seed=2)
-    assert torch.equal(again.codewords, first.codewords) and torch.equal(again.assignments, first.assignments)
-    assert (again.mse, again.history) == (first.mse, first.history)
-
-
-def test_cache_keeps_other_weights_and_arguments_apart(tmp_path):
-    x = _points(400)
-    for points, k, seed in ((x, 8, 0), (x + 1, 8, 0), (x, 9, 0), (x, 8, 1), (x.reshape(-1, 2), 8, 0)):
-        _cached(points, k, tmp_path, seed=seed)
-    assert len(list(tmp_path.iterdir())) == 5
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"{}" + b])
-def test_damaged_cache_files_are_replaced(tmp_path, damage):
-    x = _points(400)
-    first = _cached(x, 8, tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert torch.equal(_cached(x, 8, tmp_path).codewords, first.codewords)
-    assert path.read_bytes() == whole
-
-
-def test_cached_codes_outside_the_codebook_are_not_believed(tmp_path):
-    x = _points(400)
-    first = _cached(x, 8, tmp_path)
-    (path,) = tmp_path.iterdir()
-    module._write_cached(path, module.Codebook(first.codewords, first.assignments + 200, first.mse, first.history))
-    assert torch.equal(_cached(x, 8, tmp_path).assignments, first.assignments)
-
-
 def _alike():
     """Layers of one shape that end at different times: easy, hard, of few values, with codewords that become empty."""
     clustered = torch.cat([_points(1, 3).expand(560, 3), _points(40, 3, 3)])
@@ -240,15 +201,3 @@ def test_the_one_of_several_layers_that_is_not_finite_is_named(tmp_path):
     bad[3] = torch.nan
     with pytest.raises(ValueError, match=r"4 of 240 weights are not finite \(to_k\)"):
         fit_codebooks({"to_q": _points(60), "to_k": bad}, 4)
-
-
-def test_only_what_the_folder_lacks_is_fitted(tmp_path, monkeypatch):
-    layers = {str(seed): _points(200, seed=seed) for seed in range(3)}
-    one = _cached(layers["1"], 8, tmp_path)
-    seen, fit = [], module.fit_codebooks
-    monkeypatch.setattr(
-        module, "fit_codebooks", lambda missing, *a, **o: seen.append(list(missing)) or fit(missing, *a, **o)
-    )
-    found = cached_codebooks(layers, 8, tmp_path)
-    assert seen == [["0", "2"]] and list(found) == ["0", "1", "2"]
-    assert torch.equal(found["1"].codewords, one.codewords) and len(list(tmp_path.iterdir())) == 3

@@ -6,9 +6,7 @@ from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import structure
 from vqlib.packed.harden import harden, reconstruction_error
-from vqlib.packed.layer import VQLinear
-from vqlib.quantizer import codebook
-from vqlib.quantizer.quantize import _scale, quantize
+from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 
 CONFIG = VQConfig(k=16, d=4, candidates=3)
@@ -41,48 +39,6 @@ def test_same_seed_same_codes_other_seed_other_codebook():
     name = next(iter(structure.quantizable(transformer)))
     assert torch.equal(a.get_submodule(name).codebook, b.get_submodule(name).codebook)
     assert not torch.equal(a.get_submodule(name).codebook, c.get_submodule(name).codebook)
-
-
-@pytest.mark.parametrize("scope, codebooks", [("layer", 14), ("block", 2), ("model", 1)])
-def test_codebook_scope_decides_how_many_codebooks_there_are(scope, codebooks):
-    student = quantize(tiny.transformer(), CONFIG.replace(codebook_scope=scope))
-    soft = [m for m in student.modules() if isinstance(m, CandidateLinear)]
-    assert len({id(m.codebook) for m in soft}) == codebooks
-    packed = harden(student)
-    hard = [m for m in packed.modules() if isinstance(m, VQLinear)]
-    assert len({m.codebook.data_ptr() for m in hard}) == codebooks
-    assert all((m.scale is not None) == (scope != "layer") for m in soft)
-
-
-def test_scales_do_not_depend_on_the_number_of_threads():
-    layers = [torch.nn.Linear(768, 192) for _ in range(20)]
-    before, scales = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        scales.append([_scale(layer).item() for layer in layers])
-    torch.set_num_threads(before)
-    assert scales[0] == scales[1]
-
-
-def test_a_width_that_does_not_fit_names_the_layer():
-    with pytest.raises(
-        ValueError, match=r"in_features 32 is not divisible by d=5 \(transformer_blocks.0.norm1.linear\)"
-    ):
-        quantize(tiny.transformer(), VQConfig(k=16, d=5))
-
-
-@pytest.mark.parametrize("scope, codebooks", [("layer", 14), ("model", 1)])
-def test_codebooks_kept_in_a_folder_are_not_fitted_again(scope, codebooks, tmp_path, monkeypatch):
-    transformer, config = tiny.transformer(), CONFIG.replace(codebook_scope=scope)
-    plain = quantize(transformer, config, seed=4)
-    first = quantize(transformer, config, seed=4, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == codebooks
-    monkeypatch.setattr(codebook, "fit_codebooks", lambda *a, **o: pytest.fail("fitted again"))
-    again = quantize(transformer, config, seed=4, cache=tmp_path)
-    for student in (first, again):
-        assert all(torch.equal(v, student.state_dict()[n]) for n, v in plain.state_dict().items())
-    fewer = quantize(transformer, config.replace(candidates=1), seed=4, cache=tmp_path)
-    assert next(m for m in fewer.modules() if isinstance(m, CandidateLinear)).candidates.shape[1] == 1
 
 
 @pytest.mark.parametrize("scope", ["layer", "block", "model"])

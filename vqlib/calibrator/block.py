@@ -80,7 +80,7 @@ class BlockStep:
     def step(self, inputs: tuple[tuple, dict], target: Output, moment: Moment) -> BlockRecord:
         """From the block's (args, kwargs) and the full-precision output to an updated block and what was seen.
 
-        Where the loss is not finite no optimizer step is taken; `checked` tells.
+        Of a loss that is not finite no gradient counts (Adam goes on by its momentum); `checked` tells.
         """
         args, kwargs = inputs
         with torch.enable_grad():  # the full-precision forward around it has none

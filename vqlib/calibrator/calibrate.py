@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqlib import kernels
 from vqlib.calibrator.block import BlockRecord, Moment, Passed, block_steps
-from vqlib.calibrator.losses import RATIO_LOSSES, block_loss, distance_weight
+from vqlib.calibrator.losses import block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer, prepare_parameters
 from vqlib.calibrator.runs import Record, RunFolder
 from vqlib.calibrator.teacher import (
@@ -178,7 +179,8 @@ class Calibration(Iterator[Record]):
         with outputs_of(self.student, self.config.activation_checkpointing) as own:
             taken = self.trajectory.student_inputs()
             led = self.pipe.output(*taken, model=self.student)
-        distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
+        with torch.set_grad_enabled(not self.config.on_output):  # else only for the record: no graph is kept for it
+            distances = [block_loss(a, b) for a, b in zip(own, targets, strict=True)]
         compared, at = distances, targets[0]
         if self.config.on_output:
             matched = self.trajectory.matched
@@ -201,7 +203,7 @@ class Calibration(Iterator[Record]):
         if self.config.ratio_loss_when == "always":
             return True
         with torch.no_grad():
-            value = sum(torch.stack([RATIO_LOSSES[self.config.ratio_loss](z) for z in logits]).tolist())
+            value = sum(torch.stack([kernels.ratio_loss(self.config.ratio_loss, z) for z in logits]).tolist())
         rising = value > self.ratio_minimum
         self.ratio_minimum = min(self.ratio_minimum, value)
         return rising
@@ -223,7 +225,7 @@ class Calibration(Iterator[Record]):
         codes |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         codes |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
         codes |= {"quantized_with": getattr(self.student, "quantized_with", None)}
-        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)}
+        codes |= {"teacher_sha256": fingerprint(structure.unwrapped(self.pipe.transformer))}
         return {"calibration": self.config.to_dict(), "student": codes, "pipeline": self.pipe.identity()}
 
     def _state(self) -> dict[str, Tensor]:

@@ -151,6 +151,8 @@ def _weight_gradients(
             if layer in names:
                 hooks.callback(layer.register_forward_hook(_probe(names[layer], seen)).remove)
         loss = block_loss(student(*args, **kwargs), output)
+    if not seen:  # a block that is left in full precision
+        return {}
     grads = torch.autograd.grad(loss, [probe for _, probe in seen.values()])
     return {
         name: grad.flatten(0, -2).t() @ x.flatten(0, -2)  # [rows, out]ᵀ [rows, in] -> [out, in]

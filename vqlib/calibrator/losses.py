@@ -28,22 +28,6 @@ def distance_weight(config: CalibrationConfig, output: Output, blocks: int = 1) 
     return config.lambda_d * (compared(output)[0].numel() if config.block_loss == "sum" else 1 / blocks)
 
 
-def absolute_ratio_loss(logits: Tensor) -> Tensor:
-    """L_r = Σ_{N,n} (1 − |2r − 1|) / N of one layer's logits [N, n] (Eq. 9); a value without a graph.
-
-    Per sub-vector it is 2 while the largest ratio is at most ½ and 4(1 − max r) above: for n ≥ 3 its gradient is 0 at 1/n.
-    """
-    return kernels.ratio_loss("absolute", logits)
-
-
-def quadratic_ratio_loss(logits: Tensor) -> Tensor:
-    """n · mean of r(1 − r) over the sub-vectors not yet frozen, as in the authors' release; logits [N, n]; without a graph."""
-    return kernels.ratio_loss("quadratic", logits)
-
-
-RATIO_LOSSES = {"absolute": absolute_ratio_loss, "quadratic": quadratic_ratio_loss}
-
-
 def backward(lambda_d: float, distance: Tensor, lambda_r: float, ratio_loss: str, logits: Iterable[Tensor]) -> None:
     """Gradients of λ_d L_d + λ_r L_r (Eq. 10): the first term by autograd, then the second, which sees the logits alone."""
     (lambda_d * distance).backward()

@@ -82,10 +82,12 @@ class RunFolder:
             try:
                 self._writer.shutdown()
             finally:  # even where a second interrupt does not wait
-                if self._records:
-                    self._records.close()
-                    self._records = None
-                self._lock.release()
+                records, self._records = self._records, None
+                try:
+                    if records:
+                        records.close()  # which writes what could not be written before
+                finally:
+                    self._lock.release()
 
     def append(self, record: Record) -> None:
         """Add one line to records.jsonl."""

@@ -83,4 +83,3 @@ def _chance_line(axis, share: float, below: bool = False) -> None:
     axis.axhline(share, color=CHANCE_COLOR, linewidth=0.8, linestyle=":")
     look = {"ha": "right", "va": "top" if below else "bottom", "color": CHANCE_COLOR}
     note(axis, f"blind choice {share:.3g}", (1, share), (-2, -8 if below else 3), ("axes fraction", "data"), **look)
-

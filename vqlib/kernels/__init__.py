@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vqlib.kernels import reference
+from vqlib.kernels.bits import packed_size
 from vqlib.kernels.reference import FROZEN_LOGIT, ClusterSums, RatioStatistics, check_candidates
 
 __all__ = [
@@ -121,8 +122,8 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
     """Ratio-weighted mean of each sub-vector's candidates (Eq. 6 and 7), differentiable in codewords and logits.
 
     [k, d], integer [N, n], [N, n] -> [N, d]. With n = 1 the logits have no effect and may be None.
-    ValueError for shapes that do not fit. A candidate outside the codebook is an IndexError on the CPU and NaN on CUDA:
-    `check_candidates` once, where they are made.
+    ValueError for shapes that do not fit. What a candidate outside the codebook gives depends on the device, and may be
+    another codeword: `check_candidates` once, where they are made.
     """
     count, n = candidates.shape
     if (logits is None and n != 1) or (logits is not None and logits.shape != candidates.shape):
@@ -135,7 +136,12 @@ def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | Non
 
 @torch.no_grad()
 def ratio_loss(kind: str, logits: Tensor) -> Tensor:
-    """Eq. 9 ("absolute") or n · mean of r(1 − r) over sub-vectors not yet frozen ("quadratic"): [N, n] -> scalar, no graph."""
+    """L_r of one layer's logits z [N, n], r = softmax(z): -> scalar, no graph.
+
+    "absolute" is Eq. 9, Σ_{N,n} (1 − |2r − 1|) / N: per sub-vector 2 while its largest ratio is at most ½ and 4(1 − max r)
+    above, so that for n ≥ 3 its gradient is 0 at 1/n. "quadratic", of the authors' release, is n · mean of r(1 − r) over the
+    sub-vectors not yet frozen.
+    """
     return _function("ratio_loss", logits, candidates=logits.shape[1])(kind, logits.detach())
 
 
@@ -190,4 +196,10 @@ def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: 
     uint8 [ceil(N·bits/8)] as `bits.pack_codes` makes them, [k, d], float32 [] -> `out` [N, d]. ValueError for sizes that do
     not fit together.
     """
+    (count, d), (k, length) = out.shape, codebook.shape
+    if codes.shape != (packed_size(count, code_bits),) or d != length or k > 1 << code_bits or not out.is_contiguous():
+        raise ValueError(
+            f"{codes.numel()} bytes of {code_bits}-bit codes and a {codebook.dtype} codebook [{k}, {length}] "
+            f"do not fill {out.dtype} [{count}, {d}] of strides {out.stride()}"
+        )
     return _function("gather", codes)(codes, code_bits, codebook, scale, out)

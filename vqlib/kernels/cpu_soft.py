@@ -5,7 +5,7 @@ is mixed from the codebook, which stays cached. The backward pass computes the r
 Codeword gradients are summed per chunk in float32 and over chunks in float64, in an order that no number of threads
 changes.
 
-Functions learn d and n while they are compiled, from the lengths of the tuples `unit` and `slots`; see `cpu`. Arrays
+Functions learn d and n while they are compiled, from the lengths of the tuples `unit` and `slots`; see `cpu_search`. Arrays
 are flat, and a block's values lie transposed, t * 256 + b, so that every lane of a register works on another sub-vector.
 """
 

@@ -37,7 +37,7 @@ def gather_sizes(code_bits: int, d: int) -> dict[str, int]:
 
 def gather(codes: Tensor, code_bits: int, codebook: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """out[i] = scale · codebook[code i]: uint8 [ceil(N·bits/8)], [k, d], float32 [] -> `out` [N, d]."""
-    (count, d), fits = out.shape, code_bits <= _MOST_BITS and out.is_contiguous() and scale.dtype == torch.float32
+    (count, d), fits = out.shape, code_bits <= _MOST_BITS and scale.dtype == torch.float32
     if not fits:
         return reference.gather(codes, code_bits, codebook, scale, out)
     sizes = gather_sizes(code_bits, d)

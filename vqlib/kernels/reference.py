@@ -122,8 +122,8 @@ def cluster_sums(x: Tensor, codewords: Tensor, search: Callable[[Tensor, Tensor]
     return ClusterSums(sums, counts, squares)
 
 
-def check_candidates(candidates: Tensor, k: int, name: str = "") -> None:
-    """IndexError, with its row and the layer's name, for one of integers [N, n] outside a codebook of k. Waits for the device."""
+def check_candidates(candidates: Tensor, k: int) -> None:
+    """IndexError, with its row, for one of integers [N, n] outside a codebook of k. Waits for the device."""
     codes = candidates if candidates.dtype in INDEX_TYPES else candidates.long()
     if not codes.numel():
         return
@@ -131,10 +131,8 @@ def check_candidates(candidates: Tensor, k: int, name: str = "") -> None:
     if low < 0 or high >= k:
         codes = codes.long()
         outside = int(((codes < 0) | (codes >= k)).any(dim=1).int().argmax())
-        row, layer = codes[outside].tolist(), f" ({name})" if name else ""
-        raise IndexError(
-            f"candidates {row} of sub-vector {outside} are not all in 0..{k - 1}, the codebook has k={k}{layer}"
-        )
+        row = codes[outside].tolist()
+        raise IndexError(f"candidates {row} of sub-vector {outside} are not all in 0..{k - 1}, the codebook has k={k}")
 
 
 def soft_reconstruct(codewords: Tensor, candidates: Tensor, logits: Tensor | None) -> Tensor:
@@ -178,7 +176,7 @@ def rmsprop_step(
 
 def largest_ratios(logits: Tensor) -> Tensor:
     """Largest of softmax(logits) of every sub-vector: [N, n] -> [N]."""
-    return logits.softmax(dim=1).amax(dim=1)
+    return logits.float().softmax(dim=1).amax(dim=1)
 
 
 def ratio_limit(logits: Tensor, rank: int) -> Tensor:
@@ -194,7 +192,9 @@ def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Ten
     used = torch.zeros(k, dtype=torch.float64, device=logits.device)
     for part in _chunks(count, n):
         logs = torch.log_softmax(logits[part].float(), dim=1)
-        ratios = logs.exp()
+        ratios = (
+            logits[part].float().softmax(dim=1)
+        )  # bit for bit those of `ratio_limit`; the logarithm's may be others
         largest, winner = ratios.max(dim=1, keepdim=True)
         bins = (largest[:, 0] * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
         histogram += torch.zeros_like(histogram).index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))

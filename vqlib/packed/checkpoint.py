@@ -55,13 +55,14 @@ def attach(
 
 
 def save(
-    model: ModelMixin, folder: str | Path, provenance: Mapping[str, Any] | None = None, storage: str = "float16"
+    model: ModelMixin, folder: str | Path, provenance: Mapping[str, Any] | None = None, storage: str | None = None
 ) -> Path:
     """Write a packed transformer to `folder`, whole or not at all; returns the folder.
 
     provenance: JSON-safe notes kept in config.json. The model is attached first (see `attach`), which rounds its other
-    tensors to `storage`: what is in memory afterwards is what is on disk, and reloading gives bit-equal outputs. An
-    existing checkpoint is replaced; FileExistsError where the folder holds anything else.
+    tensors to `storage`, by default the one it was hardened or loaded with, else float16: what is in memory afterwards is
+    what is on disk, and reloading gives bit-equal outputs. An existing checkpoint is replaced; FileExistsError where the
+    folder holds anything else, ValueError where float32 is asked of a model that was rounded to float16 before.
     """
     model = structure.unwrapped(model)
     known = getattr(model, "hf_quantizer", None)
@@ -69,7 +70,7 @@ def save(
     if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true
         scope = known.quantization_config.config.codebook_scope
         provenance = known.quantization_config.provenance if provenance is None else provenance
-    folder = Path(folder).expanduser()
+    folder, storage = Path(folder).expanduser(), _storage(model, storage)
     attach(model, provenance, storage, scope)
     with write_folder(folder, may_replace={CONFIG, WEIGHTS}) as partial:
         model.save_pretrained(partial, max_shard_size="1000TB")
@@ -100,8 +101,8 @@ def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> 
     return model.to(device).eval()
 
 
-def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
-    """Where the bytes of a packed model's file are: one row per linear of its blocks, a last one for all the rest.
+def size_report(model: nn.Module) -> pd.DataFrame:
+    """Where the bytes of a packed model's file are, as `save` writes it: one row per linear of its blocks, a last one for all the rest.
 
     Columns: layer, shape ("out×in"), k, d, codes_bytes, codebook_bytes (with the scale, if any), bias_bytes,
     other_bytes, bits_per_weight (codes and codebook; of a layer left in full precision, its weights), code_entropy (bits a code
@@ -109,7 +110,7 @@ def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
     without its header, and over all these layers bits_per_weight and what an entropy coder would make of it, entropy_coded.
     """
     layers = packed_layers(model)
-    stored, _ = container.encode(model.state_dict(), storage, "")
+    stored, _ = container.encode(model.state_dict(), _storage(model, None), "")
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
     rows = [_row(name, layer, sizes) for name, layer in layers.items()]
     dense = structure.quantizable(model) if layers else {}
@@ -129,6 +130,17 @@ def size_report(model: nn.Module, storage: str = "float16") -> pd.DataFrame:
     table.attrs = {"tensor_bytes": sum(sizes.values())}
     table.attrs |= {name: value / weights if weights else float("nan") for name, value in over.items()}
     return table
+
+
+def _storage(model: nn.Module, asked: str | None) -> str:
+    """What other tensors than codes and codebooks are stored in: as asked, as is known of the model, or float16."""
+    known = getattr(model, "hf_quantizer", None)
+    held = known.quantization_config.storage if isinstance(known, VQQuantizer) else None
+    if (held, asked) == ("float16", "float32"):
+        raise ValueError(
+            "storage='float32': the model was rounded to float16 when it was packed; use harden(student, 'float32')"
+        )
+    return asked or held or "float16"
 
 
 def _row(name: str, layer: VQLinear, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -17,20 +17,22 @@ from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.system.fingerprint import digest
 
 
-def harden(student: nn.Module) -> nn.Module:
+def harden(student: nn.Module, storage: str = "float16") -> nn.Module:
     """The packed transformer: the candidates with the highest ratio become assignments. Shared codebooks stay shared.
 
-    A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is.
+    A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is. All that is no code,
+    codebook or scale is rounded to `storage`, "float16" or "float32", which rounds nothing. The student stays as it is.
     """
     student = structure.unwrapped(student)
     soft = soft_layers(student)
     packed = copy.deepcopy(student, {id(layer): layer for layer in soft.values()})  # soft layers shared, not copied
     codebooks: dict[int, Tensor] = {}
     for name, layer in soft.items():
-        codewords = codebooks.setdefault(id(layer.codebook), _as_stored(layer, name))
-        structure.swap(packed, name, harden_layer(layer, name, codewords))
+        if id(layer.codebook) not in codebooks:
+            codebooks[id(layer.codebook)] = _as_stored(layer, name)
+        structure.swap(packed, name, harden_layer(layer, name, codebooks[id(layer.codebook)]))
     packed = packed.eval().requires_grad_(False)
-    return attach(packed) if soft and isinstance(packed, ModelMixin) else packed
+    return attach(packed, storage=storage) if soft and isinstance(packed, ModelMixin) else packed
 
 
 def harden_layer(layer: CandidateLinear, name: str, codewords: Tensor | None = None) -> VQLinear:

@@ -56,7 +56,7 @@ class VQLinear(nn.Module):
     ) -> VQLinear:
         """The layer of assignments [N] and codewords [k, d] for a weight of `shape` [out, in].
 
-        The codewords are held, not copied, so layers made from one tensor share it. Raises ValueError on sizes that
+        The codewords are held and all else is copied, so layers made from one tensor share it. Raises ValueError on sizes that
         do not fit together or on an assignment outside 0 … k − 1.
         """
         (out_features, in_features), (k, d) = shape, codewords.shape
@@ -74,7 +74,7 @@ class VQLinear(nn.Module):
             )
         layer.codes = pack_codes(assignments.detach(), layer.code_bits).to(codewords.device)
         layer.codebook = codewords.detach() if codewords.requires_grad else codewords
-        layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=codewords.device).detach().reshape(())
+        layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=codewords.device).detach().clone().reshape(())
         layer.bias = None if bias is None else bias.detach().clone()
         return layer
 
@@ -94,15 +94,14 @@ class VQLinear(nn.Module):
         return -float(share.xlogy(share).sum()) / math.log(2)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight scale · C[A], [out, in], in the codebook's dtype unless another is asked for."""
+        """The dense weight scale · C[A], [out, in]; in the type it is kept in or, where it is not, the codebook's, unless given."""
         if self.dense is not None:
             return self.dense if dtype is None else self.dense.to(dtype)
         return self._gather(dtype or self.codebook.dtype, out=None)
 
-    def materialize(self, dtype: torch.dtype | None = None) -> VQLinear:
-        """Speed mode: keep the dense weight until `release()`, in `dtype` (the bias's unless given)."""
-        fallback = self.codebook.dtype if self.bias is None else self.bias.dtype
-        self.dense = self._gather(dtype or fallback, out=None)
+    def materialize(self, dtype: torch.dtype = torch.float32) -> VQLinear:
+        """Speed mode: keep the dense weight until `release()`, in `dtype`."""
+        self.dense = self._gather(dtype, out=None)
         return self
 
     def release(self) -> VQLinear:

@@ -56,7 +56,7 @@ def wait_for_gpus() -> None:
 def products(model: nn.Module, run: Callable[[], Any]) -> Callable[[], None]:
     """The matrix products of the model's linear layers in `run`, and nothing else: the floor of any storage of weights.
 
-    The dense weights are copied, and made once; call the result to make the products.
+    Inputs are copied, weights that are stored packed are made dense once; call the result to make the products.
     """
     seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
 

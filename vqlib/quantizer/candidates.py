@@ -20,7 +20,7 @@ ROUNDING = 1e-6  # candidates closer to each other than this share of their squa
 
 @dataclass(frozen=True)
 class Candidates:
-    """indices [N, n], nearest codeword first, in the smallest unsigned type that holds k; logits z float32 [N, n]."""
+    """indices [N, n], nearest codeword first, in the smallest type that holds k: uint8, int16, int32; logits z float32 [N, n]."""
 
     indices: Tensor
     logits: Tensor

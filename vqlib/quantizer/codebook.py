@@ -1,27 +1,20 @@
 """k-means over the sub-vectors of a layer: distinct start, Lloyd iterations, repair, early stop -> Codebook."""
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlib import kernels
 from vqlib.quantizer.lloyd import fill_empty, lloyd
-from vqlib.system.files import write_tensors
 from vqlib.system.memory import sent
 
 STARTS = ("distinct", "kmeans++", "random")
 _LARGE = 300_000  # sub-vectors from which the first iterations see a sample only …
 _SAMPLE = 512  # … of as many points per codeword: no higher error, in 3/4 of the time
-_CACHE_VERSION = 2  # raise when fit_codebook gives other results for the same arguments
 
 
 @dataclass(frozen=True)
@@ -198,44 +191,3 @@ def _start(
     if start == "kmeans++":
         return _plus_plus(x, k, generator)
     return x[torch.randint(len(x), (k,), generator=generator).to(x.device)]  # with replacement: some may start equal
-
-
-def _cache_key(x: Tensor, k: int, options: dict) -> str:
-    x = x.detach().cpu().contiguous()
-    described = {"version": _CACHE_VERSION, "shape": list(x.shape), "dtype": str(x.dtype), "k": k, **options}
-    digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=20)
-    digest.update(x.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def cached_codebooks(layers: Mapping[str, Tensor], k: int, folder: str | os.PathLike, **options) -> dict[str, Codebook]:
-    """fit_codebooks(layers, k, **options), kept in `folder`, each under a hash of its weights and every argument.
-
-    The files hold safetensors only. One that is damaged or does not fit its layer counts as absent and is written anew.
-    """
-    paths = {name: Path(folder) / f"codebook-{_cache_key(x, k, options)}.safetensors" for name, x in layers.items()}
-    found = {name: _read_cached(paths[name], x, k) for name, x in layers.items()}
-    missing = {name: x for name, x in layers.items() if found[name] is None}
-    for name, book in fit_codebooks(missing, k, **options).items() if missing else ():
-        _write_cached(paths[name], book)
-        found[name] = book
-    return found
-
-
-def _read_cached(path: Path, x: Tensor, k: int) -> Codebook | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            codewords, codes = file.get_tensor("codewords"), file.get_tensor("assignments").long()
-            history = tuple(json.loads(file.metadata()["history"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-    fits = codewords.shape == (k, x.shape[1]) and codes.shape == (len(x),) and len(history) > 0
-    if not fits or (len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < k):
-        return None
-    return Codebook(codewords.to(x.device), codes.to(x.device), history[-1], history)
-
-
-def _write_cached(path: Path, codebook: Codebook) -> None:
-    codes = codebook.assignments.to(torch.uint8 if len(codebook.codewords) <= 256 else torch.int32)
-    history = {"history": json.dumps(codebook.history)}
-    write_tensors(path, {"codewords": codebook.codewords, "assignments": codes}, history)

@@ -33,10 +33,10 @@ class Columns:
     metrics: Tensor
 
     @classmethod
-    def of(cls, hessian: Tensor, width: int, damping: float = DAMPING) -> Columns:
+    def of(cls, hessian: Tensor, width: int) -> Columns:
         """From E x xᵀ [in, in] of the inputs."""
         positions = _by_importance(hessian, width)
-        factor = _inverse_factor(hessian.double()[positions][:, positions], damping)
+        factor = _inverse_factor(hessian.double()[positions][:, positions])
         count = len(factor) // width
         blocks = factor.view(count, width, count, width)
         roots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [in / width, width, width]
@@ -66,10 +66,10 @@ def quantize_columns(weight: Tensor, columns: Columns, choose: Choose) -> Tensor
     return torch.empty_like(result).index_copy_(1, positions, result).float()
 
 
-def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """H with `damping` times its mean diagonal added to the diagonal; the identity for inputs that are always 0."""
+def damped(hessian: Tensor) -> Tensor:
+    """H with `DAMPING` times its mean diagonal added to the diagonal; the identity for inputs that are always 0."""
     mean = float(hessian.diagonal().mean())
-    added = damping * mean if mean > 0 else 1.0
+    added = DAMPING * mean if mean > 0 else 1.0
     return hessian + added * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
@@ -80,7 +80,7 @@ def _by_importance(hessian: Tensor, width: int) -> Tensor:
     return (first[:, None] + torch.arange(width, device=hessian.device)).flatten()
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper U with Uᵀ U = H⁻¹, so that Uᵀ U restricted to the last columns is the inverse over those alone."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     return torch.linalg.cholesky(inverse, upper=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from vqlib.config import VQConfig
 from vqlib.models import structure
 from vqlib.quantizer.candidates import find_candidates
-from vqlib.quantizer.codebook import Codebook, cached_codebooks, fit_codebooks
+from vqlib.quantizer.codebook import Codebook, fit_codebooks
 from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
@@ -27,21 +26,19 @@ def quantize(
     transformer: nn.Module,
     config: VQConfig,
     seed: int = 0,
-    cache: str | Path | None = None,
     hessians: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A student of `transformer`: every linear of its blocks with a k-means codebook, candidates and starting ratios.
 
     Layers that `config.full_precision` names stay as they are. The original is left as it is; tensors that are not quantized
-    are copied. `cache`: a folder in which codebooks are looked for and kept, under a hash of the weights, k, d, seed and
-    iterations. `hessians`: [in, in] by layer name, as `input_hessians` gives them; only assignment="error-feedback" reads
+    are copied. `hessians`: [in, in] by layer name, as `input_hessians` gives them; only assignment="error-feedback" reads
     them, and a codebook that is the layer's own is then refitted to its assignments (ratios and order of the candidates are
     those before it). Raises ValueError naming the layer whose width `config.d` does not divide, or whose Hessian is missing,
     of another size or not finite, and a model that has no linear in its blocks or holds quantized layers already, before any
     work is done.
     """
     transformer = structure.unwrapped(transformer)
-    return quantize_layers(transformer, fitting_layers(transformer, config), config, seed, cache, hessians)
+    return quantize_layers(transformer, fitting_layers(transformer, config), config, seed, hessians)
 
 
 def quantize_layers(
@@ -49,7 +46,6 @@ def quantize_layers(
     layers: dict[str, nn.Linear],
     config: VQConfig,
     seed: int = 0,
-    cache: str | Path | None = None,
     hessians: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """`quantize` for these of the linears that `fitting_layers` gives, even none; ValueError of seed and Hessians alone."""
@@ -67,7 +63,7 @@ def quantize_layers(
     student = _copy_without(transformer, layers.values())
     columns_of = lru_cache(1)(Columns.of)  # q, k and v have the same inputs
     groups = _groups(transformer, layers, config)
-    codewords = {label: book.codewords for label, book in codebooks(groups, config, seed, cache)}
+    codewords = {label: book.codewords for label, book in codebooks(groups, config, seed)}
     for label, group in groups.items():
         own = config.for_layer(next(iter(group)))
         for name, replacement in _quantize_group(group, codewords[label], own, hessians, columns_of):
@@ -118,9 +114,7 @@ def _groups(transformer: nn.Module, layers: dict[str, nn.Linear], config: VQConf
     return {next(iter(g)) if len(g) == 1 else f"{next(iter(g))} … ({len(g)} layers)": g for g in groups.values()}
 
 
-def codebooks(
-    groups: Mapping[str, Group], config: VQConfig, seed: int = 0, cache: str | Path | None = None
-) -> Iterator[tuple[str, Codebook]]:
+def codebooks(groups: Mapping[str, Group], config: VQConfig, seed: int = 0) -> Iterator[tuple[str, Codebook]]:
     """A codebook for each group's sub-vectors, every layer divided by its scale where it is shared; in any order.
 
     On a GPU groups of one size are fitted together, `_TOGETHER` bytes of float32 weights at most.
@@ -131,10 +125,7 @@ def codebooks(
         for label in labels:
             own = [_normalized(layer, d, _scale(layer) if shared else None) for layer in groups[label].values()]
             parts[label] = own[0] if len(own) == 1 else torch.cat(own)
-        if cache:
-            yield from cached_codebooks(parts, k, cache, **options).items()
-        else:
-            yield from fit_codebooks(parts, k, **options).items()
+        yield from fit_codebooks(parts, k, **options).items()
 
 
 def _alike(groups: Mapping[str, Group], config: VQConfig) -> Iterable[tuple[tuple[int, int], list[str]]]:

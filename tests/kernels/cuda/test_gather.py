@@ -32,11 +32,3 @@ def test_the_scale_is_multiplied_in_float32_and_the_product_rounded_once(cuda, d
     kernels.gather(pack_codes(codes, 8).to(device), 8, codebook.to(device), torch.tensor(0.3, device=device), out)
     wanted = (codebook.double() * torch.tensor(0.3).double()).float().to(dtype)[codes]  # exact, then float32
     assert torch.equal(out.cpu(), wanted)
-
-
-def test_rows_that_are_not_contiguous_are_left_to_the_twin(cuda, device, monkeypatch):
-    called = []
-    monkeypatch.setattr(reference, "gather", lambda *arguments: called.append(arguments))
-    codes, one = torch.zeros(2, dtype=torch.uint8, device=device), torch.ones((), device=device)
-    kernels.gather(codes, 4, torch.zeros(3, 2, device=device), one, torch.zeros(2, 4, device=device).t())
-    assert called
