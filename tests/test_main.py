@@ -9,6 +9,7 @@ import pytest
 from vqlib import __main__ as shell
 from vqlib.calibrator.runs import read_records
 from vqlib.config import OTHER_TRAJECTORIES, RECIPES, recipe_vq
+from vqlib.studies import experiments
 
 SMALL = ["--set", "vq.k=8", "--set", "vq.d=4", "--set", "vq.kmeans_iterations=2", "--set", "calibration.iterations=2"]
 SMALL += ["--set", "calibration.batch_size=1", "--set", "calibration.steps=2", "--set", "sampling.steps=2"]
@@ -48,7 +49,7 @@ def test_distill_adds_a_last_stage_and_another_length_is_another_model(folder, t
         with pytest.raises(SystemExit, match="was made with distillation(.iterations)?="):
             run("calibrate", made, *asked)
     with pytest.raises(
-        SystemExit, match="--distill 2: a number from 0, of estimate, calibrate, sample, evaluate, table"
+        SystemExit, match="--distill 2: quantize has no last stage, estimate, calibrate, sample, evaluate, table have"
     ):
         run("quantize", tmp_path, "--distill", "2")
 
@@ -63,6 +64,30 @@ def test_sample_writes_images_as_adm_reads_them(folder):
     run("sample", folder)
     images = np.load(folder / "samples.npz")["arr_0"]
     assert images.shape == (3, 32, 32, 1) and images.dtype == np.uint8 and images.std() > 0
+
+
+def test_sampling_that_was_killed_goes_on(folder, monkeypatch):
+    run("sample", folder)
+    whole, sampler = np.load(folder / "samples.npz")["arr_0"], experiments.sample_batches
+    (folder / "samples.npz").unlink()
+    batches = ["--set", "sampling.batch_size=2"]
+
+    def killed(*arguments, **more):
+        yield next(sampler(*arguments, **more))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "sample_batches", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("sample", folder, *batches)
+    seen = []
+    monkeypatch.setattr(
+        experiments,
+        "sample_batches",
+        lambda p, labels, *a, **o: seen.append(len(labels)) or sampler(p, labels, *a, **o),
+    )
+    run("sample", folder, *batches)
+    assert seen == [1] and np.array_equal(np.load(folder / "samples.npz")["arr_0"], whole)
+    assert not any((folder / "unfinished").iterdir())
 
 
 def test_estimate_needs_no_weights_and_prints_sizes_and_the_quoted_figure(tmp_path, capsys, monkeypatch):
@@ -117,10 +142,10 @@ def test_a_table_has_the_last_stage_where_it_is_asked_for_and_the_recipe_has_one
 
 
 def test_evaluate_says_what_to_expect_where_that_is_known(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shell, "_load", lambda *_: None)
-    monkeypatch.setattr(shell, "_calibrated", lambda *_: None)
+    for name in ("_load", "_calibrated", "require_fitting"):
+        monkeypatch.setattr(shell, name, lambda *_: None)
     monkeypatch.setattr(shell, "measure", lambda *a, **o: Row())
-    others = ("--set", "calibration.iterations=2"), ("--distill", "2")
+    others = ("--set", "calibration.iterations=2"), ("--distill", "2"), ("--model", "another of its shape")
     for changes, expected in (((), True), *((other, False) for other in others)):
         shell.main(["evaluate", "--preset", "dit-mini-fashion-w2", *changes, "--out", str(tmp_path)])
         assert ("expected: FD-5k (fashion) 1.28" in capsys.readouterr().out) is expected
@@ -254,6 +279,29 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(tmp_path, monke
     with pytest.raises(SystemExit, match=f"^vqlib {command}: {message}"):
         shell.main([command, "--preset", "dit-mini-fashion-w2", "--out", str(tmp_path / "job"), *more])
     assert not (tmp_path / "job" / "calibration").exists()
+
+
+@pytest.mark.parametrize(
+    "command, more, message",
+    [
+        ("sample", ["--set", "images=0"], "images=0: there is nothing to sample"),
+        ("sample", ["--set", "sampling.steps=2000"], "steps=2000 is outside 1 … 1000"),
+        (
+            "evaluate",
+            ["--set", "images=500", "--set", "sampling.guidance_channels=99"],
+            "guidance_channels=99 but the latents",
+        ),
+        ("calibrate", ["--distill", "2", "--set", "distillation.steps=2000"], "steps=2000 is outside 1 … 1000"),
+        ("table", ["--set", "images=500", "--set", "sampling.steps=2000"], "steps=2000 is outside 1 … 1000"),
+        ("calibrate", ["--workers", "2"], "--on, --store and --workers are table's alone"),
+        ("table", ["--on", "ray", "--workers", "4", "--set", "images=500"], "--workers 4 is of --on local"),
+        ("calibrate", ["--distill", "-1"], "--distill -1 must be 0 or more"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_first(tmp_path, monkeypatch, command, more, message):
+    monkeypatch.setattr("vqlib.studies.experiments.quantize", lambda *_, **__: pytest.fail("quantized"))
+    with pytest.raises(SystemExit, match=message):
+        shell.main([command, "--preset", "dit-mini-fashion-w2", "--out", str(tmp_path / "job"), *more])
 
 
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):

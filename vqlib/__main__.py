@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from vqlib.calibrator.runs import read_records
@@ -31,15 +33,17 @@ from vqlib.config import OTHER_TRAJECTORIES, RECIPES
 from vqlib.evaluation.references import require_enough
 from vqlib.figures.tables import markdown, save_table
 from vqlib.models import pipeline as models
-from vqlib.models.sampling import sample
+from vqlib.models.sampling import require_fitting
 from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.estimate import estimate
-from vqlib.studies.experiments import class_labels, measure, packed_model
+from vqlib.studies.experiments import class_labels, measure, packed_model, sampled_batches
 from vqlib.studies.main_table import TableConfig, make_table
 from vqlib.studies.on_ray import PLACES
 from vqlib.studies.presets import PRESETS, Preset, preset
+from vqlib.studies.rows import content_key
 from vqlib.studies.table_rows import DISTILLED
 from vqlib.system.files import replacing
+from vqlib.system.fingerprint import fingerprint
 
 TABLE_SETTINGS = (
     *("images", "reference", "vq.bits"),
@@ -66,8 +70,18 @@ def main(arguments: list[str] | None = None) -> None:
 def check(job: Preset, options: argparse.Namespace) -> None:
     """Refuse now what would be refused after an hour of work: the device, the folder written to, the reference, the count."""
     unused = [text.partition("=")[0] for text in options.set if text.partition("=")[0] not in TABLE_SETTINGS]
-    if options.distill < 0 or (options.distill and options.command not in DISTILLING):
-        raise ValueError(f"--distill {options.distill}: a number from 0, of {', '.join(DISTILLING)}")
+    if options.distill < 0:
+        raise ValueError(f"--distill {options.distill} must be 0 or more")
+    if options.distill and options.command not in DISTILLING:
+        raise ValueError(
+            f"--distill {options.distill}: {options.command} has no last stage, {', '.join(DISTILLING)} have"
+        )
+    if options.command != "table" and (options.on, options.store, options.workers) != ("local", "", 1):
+        raise ValueError("--on, --store and --workers are table's alone")
+    if options.on == "ray" and options.workers != 1:
+        raise ValueError(f"--workers {options.workers} is of --on local: Ray has as many as its cluster has cores")
+    if options.command == "sample" and not job.images:
+        raise ValueError("images=0: there is nothing to sample")
     if options.command == "table" and unused:
         raise ValueError(f"--set {unused[0]}: a table takes {', '.join(TABLE_SETTINGS)}; the rest is --recipe's")
     if options.command == "table":
@@ -115,23 +129,28 @@ def calibrate_job(job: Preset, options: argparse.Namespace) -> None:
 def sample_job(job: Preset, options: argparse.Namespace) -> None:
     """Images of the packed model as uint8 [N, H, W, C] in an .npz, as ADM's evaluator reads them; classes in turn."""
     pipe = _load(job, options)
+    require_fitting(pipe, job.sampling)
     packed = pipe.with_transformer(_calibrated(pipe, job, options))
-    images = sample(packed, class_labels(pipe, job.images), range(job.images), job.sampling, progress=True)
-    path = options.out / "samples.npz"
+    made_of = fingerprint(packed.transformer), fingerprint(pipe.vae), pipe.identity(), job.sampling
+    unfinished, path = options.out / "unfinished" / content_key(*made_of), options.out / "samples.npz"
+    labels = class_labels(pipe, job.images)
+    images = torch.cat([*sampled_batches(packed, labels, range(job.images), job.sampling, unfinished, progress=True)])
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy())  # [N, C, H, W] -> [N, H, W, C]
+        np.savez(file, arr_0=images[: job.images].permute(0, 2, 3, 1).numpy())  # [N, C, H, W] -> [N, H, W, C]
+    shutil.rmtree(unfinished)
     print(f"images: {path}")
 
 
 def evaluate_job(job: Preset, options: argparse.Namespace) -> None:
     """Metrics of the packed model against the preset's reference."""
     pipe = _load(job, options)
+    require_fitting(pipe, job.sampling)
     packed, folder = _calibrated(pipe, job, options), options.out / "metrics"
     metrics = measure(pipe, packed, job.images, folder, job.sampling, _reference(job), progress=True)
     row = metrics.to_row(preset=job.name, steps=job.sampling.steps, CFG=job.sampling.guidance_scale)
     print(pd.Series(row).to_string())
-    if job.expected:
-        print(f"expected: {job.expected}")
+    if job.expected and not options.model:
+        print(f"expected: {job.expected} (it depends on the number of images)")
 
 
 def table_job(job: Preset, options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from vqlib.calibrator.trajectory import Trajectory
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models import class_conditional, structure
 from vqlib.packed.harden import harden
+from vqlib.quantizer.candidates import candidate_distances
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
@@ -168,7 +169,5 @@ def test_winner_positions_count_from_the_nearest():
 
 def test_candidate_distances_by_hand():
     codewords = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
-    distances = diagnostics.candidate_distances(
-        torch.zeros(1, 2), codewords, torch.tensor([[0, 2, 1]], dtype=torch.uint8)
-    )
+    distances = candidate_distances(torch.zeros(1, 2), codewords, torch.tensor([[0, 2, 1]], dtype=torch.uint8))
     assert distances.tolist() == [[0.0, 1.0, 5.0]]

@@ -117,9 +117,19 @@ def test_error_feedback_is_counted_with_its_second_moments(monkeypatch):
         monkeypatch.setattr(module, "BATCHES", batches)
         seconds.append(estimate(tiny.pipeline(), fed).seconds["codebooks"])
     assert seconds[1] > 50 * seconds[0]
-    whole = moments_bytes(Geometry(), fed.vq)  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
+    whole = moments_bytes(Geometry())  # of DiT-XL/2: [1152, 1152] six times and [4608, 4608] in 28 blocks
     assert 4 * 28 * (6 * 1152**2 + 4608**2) < whole < 6 * 2**30
-    assert moments_bytes(Geometry(), JOB.vq) == 0
+
+
+@pytest.mark.parametrize("pattern", ["transformer_blocks.1.*", "transformer_blocks.0.*", "*.to_k"])
+def test_rules_for_single_layers_are_followed_where_the_probe_has_them(pattern, monkeypatch):
+    monkeypatch.setattr(module, "PROBE_WEIGHTS", 1)  # the first block alone
+    seen, quantize = [], module.quantize
+    monkeypatch.setattr(module, "quantize", lambda t, vq, **more: seen.append(vq) or quantize(t, vq, **more))
+    for rule in ({"vq.full_precision": [pattern]}, {"vq.layers": [[pattern, 8, 4]]}):
+        assert estimate(tiny.pipeline(), JOB.with_settings(rule | {"images": 0})).minutes > 0
+    assert [len(vq.full_precision) for vq in seen[1:2]] == [int(pattern == "*.to_k")]
+    assert len(seen[-1].layers) == int(pattern != "transformer_blocks.1.*")
 
 
 def test_a_preset_may_be_named():

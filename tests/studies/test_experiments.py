@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 
 import families
 import pytest
@@ -76,6 +77,25 @@ def test_kept_batches_are_the_samplers_and_a_damaged_one_is_made_again(tmp_path,
 
 def test_classes_come_in_turn():
     assert experiments.class_labels(tiny.pipeline(), 12) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+def test_second_moments_are_let_go_before_training(tmp_path, monkeypatch):
+    held, gather, train = [], experiments.input_hessians, experiments.calibrate
+
+    def gathered(*arguments):
+        found = gather(*arguments)
+        held.append(weakref.ref(found))
+        return found
+
+    def trained(*arguments, **more):
+        assert [reference() for reference in held] == [None]
+        return train(*arguments, **more)
+
+    monkeypatch.setattr(experiments, "input_hessians", gathered)
+    monkeypatch.setattr(experiments, "calibrate", trained)
+    vq = VQConfig(k=16, d=4, candidates=1, assignment="error-feedback")
+    experiments.packed_model(tiny.pipeline(), vq, CalibrationConfig(iterations=1, batch_size=2, steps=3), tmp_path)
+    assert len(held) == 1
 
 
 def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):

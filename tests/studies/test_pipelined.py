@@ -112,12 +112,17 @@ def test_what_stages_cannot_do_is_refused(pipe, vq, config, message):
         calibrate_in_stages(pipe, vq, config, 2)
 
 
+def test_another_place_is_refused_and_not_taken_for_this_process(pipe):
+    with pytest.raises(ValueError, match="on='Ray' is not one of local, ray"):
+        calibrate_in_stages(pipe, VQ, RUN, 2, on="Ray")
+
+
 def test_an_actor_that_finds_another_pipeline_under_the_name_refuses_it(monkeypatch):
     pipe = families.sd3()
     for what, other in families.others(pipe).items():
         monkeypatch.setattr(pipeline, "load", lambda name, other=other, **options: other)
         with pytest.raises(RuntimeError, match=f"SD3 is another pipeline here: {what}="):
-            _Actor(Source.of(pipe), "cpu", VQ, RUN, (0, 1), 3, torch.get_num_threads())
+            _Actor(Source.of(pipe), "cpu", (VQ, RUN, (0, 1), 3), torch.get_num_threads())
 
 
 def test_every_stage_gathers_the_second_moments_of_its_own_layers(pipe, tmp_path):

@@ -7,15 +7,16 @@ import pytest
 import tiny
 import torch
 
-from vqlib.config import SamplingConfig
+from vqlib.config import SamplingConfig, VQConfig
 from vqlib.evaluation.extractors import Features
 from vqlib.models import pipeline
+from vqlib.models.geometry import Geometry
 from vqlib.studies import row_tasks
 from vqlib.studies.baselines.baseline import FullPrecision
 from vqlib.studies.engines import complete, run
-from vqlib.studies.experiments import measure
+from vqlib.studies.experiments import VectorQuantized, measure
 from vqlib.studies.processes import Here
-from vqlib.studies.row_tasks import Evaluated, Made, Measuring, reblocked
+from vqlib.studies.row_tasks import Evaluated, Made, Measuring, Shard, reblocked
 from vqlib.studies.sources import Source
 from vqlib.studies.tasks import key_of, rows_of
 
@@ -127,3 +128,14 @@ def test_of_other_families_than_dits_the_memory_is_not_known():
     how = Measuring.of(families.pixart(), REFERENCE)
     assert Made(how, FullPrecision()).needs.memory == 0
     assert Made(Measuring.of(tiny.pipeline(), REFERENCE), FullPrecision()).needs.memory > 0
+
+
+def test_memory_grows_with_the_batch_that_is_sampled_and_with_second_moments(pipe):
+    how = dataclasses.replace(Measuring.of(pipe, REFERENCE), geometry=Geometry())  # DiT-XL/2's shape
+    made = Made(how, FullPrecision())
+    small, large = (Shard(made, SAMPLING.replace(batch_size=batch), 0, 1000).needs.memory for batch in (100, 400))
+    assert large > small + (1 << 30) and small >= made.needs.memory
+    plain, fed = (
+        Made(how, VectorQuantized(VQConfig(assignment=a), None)).needs.memory for a in ("nearest", "error-feedback")
+    )
+    assert fed > plain + (2 << 30)

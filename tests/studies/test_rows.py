@@ -36,6 +36,11 @@ def test_a_row_is_made_once_and_found_by_every_field_and_by_the_class(rows):
     assert len({content_key(*made_of) for made_of in (*others, (A(2), "cpu"))}) == 6
 
 
+def test_mappings_are_found_again_whatever_their_order_and_tuples(rows):
+    assert rows.make(lambda folder: {"fd": 0.1}, {"side": (1, 2), "name": "a"}) is True
+    assert rows.read({"name": "a", "side": [1, 2]}) == {"fd": 0.1} and rows.read({"name": "a", "side": [1]}) is None
+
+
 @pytest.mark.parametrize("content", [b"", b'{"made_of"', b"[1]", b"\xff\xfe", b'{"row": {"fd": 0}}'])
 def test_a_damaged_file_counts_as_none_and_is_made_again(rows, content):
     rows.make(lambda folder: {"fd": 0.1}, A(2))

@@ -2,6 +2,7 @@
 
 from vqlib.config import CalibrationConfig, VQConfig, recipe_distillation
 from vqlib.models.geometry import Geometry
+from vqlib.studies.job_memory import moments_bytes
 from vqlib.studies.stage_memory import IDLE, dit_stage_bytes, row_bytes, stage_bytes
 
 GIB = 2**30
@@ -56,8 +57,18 @@ def test_stages_hold_less_than_the_whole_and_a_row_at_least_the_model():
     own = 14 * geometry.block_weights
     assert whole - half >= own * 4 + own // 4 * 27 and half < 0.6 * whole
     weights = 4 * geometry.parameters_in_memory
-    assert row_bytes(geometry, vq, config, None, 32) > row_bytes(geometry, vq, None, None, 32) > IDLE + weights
-    assert row_bytes(geometry, vq, config, None, 32, on_host=False) == IDLE + weights
+    assert (
+        row_bytes(geometry, vq, config, None, False, 32)
+        > row_bytes(geometry, vq, None, None, False, 32)
+        > IDLE + weights
+    )
+    assert row_bytes(geometry, vq, config, None, True, 32, on_host=False) == IDLE + weights
+    assert row_bytes(geometry, vq, None, None, True, 0) == IDLE + 2 * weights + moments_bytes(geometry)
+    assert row_bytes(geometry, vq, None, None, False, 400) > row_bytes(geometry, vq, None, None, False, 100) + (1 << 30)
     last = recipe_distillation("best")
     alone = dit_stage_bytes(geometry, (0, 28), vq.replace(candidates=1), last)
-    assert row_bytes(geometry, vq, config, last, 32) == IDLE + alone > row_bytes(geometry, vq, config, None, 32)
+    assert (
+        row_bytes(geometry, vq, config, last, False, 32)
+        == IDLE + alone
+        > row_bytes(geometry, vq, config, None, False, 32)
+    )

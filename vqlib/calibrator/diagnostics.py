@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from vqlib.calibrator.hessians import require_batches
 from vqlib.calibrator.losses import block_loss
 from vqlib.calibrator.teacher import following, teacher_output
 from vqlib.calibrator.trajectory import Trajectory
@@ -113,12 +114,6 @@ def winner_positions(student: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "position", "count", "share"])
 
 
-def candidate_distances(x: Tensor, codewords: Tensor, candidates: Tensor) -> Tensor:
-    """Euclidean distance of every sub-vector x [N, d] to its candidates [N, n] among codewords [k, d]: -> [N, n]."""
-    columns = [(x - codewords[column.long()]).norm(dim=1) for column in candidates.unbind(1)]
-    return torch.stack(columns, dim=1)  # n × [N] -> [N, n]
-
-
 def quantized_layers(model: nn.Module) -> dict[str, CandidateLinear | VQLinear]:
     """Every soft or packed layer of a model by its dotted name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, CandidateLinear | VQLinear)}
@@ -126,8 +121,7 @@ def quantized_layers(model: nn.Module) -> dict[str, CandidateLinear | VQLinear]:
 
 def _walk(pipe: pipeline.Pipeline, model: nn.Module, config: CalibrationConfig | None, batches: int, visit) -> None:
     """Along a full-precision trajectory: `visit(index, the model's block, args, kwargs, full-precision output)`."""
-    if batches < 1:
-        raise ValueError(f"batches={batches} must be at least 1")
+    require_batches(batches)
     keep_freed_memory()
     trajectory = Trajectory(pipe, config or CalibrationConfig())
     trajectory.stagger(lambda inputs: teacher_output(pipe, inputs))

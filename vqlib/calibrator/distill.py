@@ -34,14 +34,19 @@ def distill(
     the settings do not compare outputs.
     """
     config = config or recipe_distillation("best")
-    if not config.on_output:
-        raise ValueError(
-            f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output' or 'guided'"
-        )
+    require_on_output(config)
     packed = harden(model) if soft_layers(model) else model
     student = soften(packed)
     student.quantized_with = {"sha256": _codes_sha256(packed)}  # the run belongs to its start, made here or loaded
     return Calibration(pipe, with_latents(student) if config.lr_latents else student, config, out)
+
+
+def require_on_output(config: CalibrationConfig) -> None:
+    """ValueError for settings that do not compare outputs."""
+    if not config.on_output:
+        raise ValueError(
+            f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output' or 'guided'"
+        )
 
 
 def _codes_sha256(packed: nn.Module) -> str:

@@ -114,7 +114,7 @@ def evaluate(
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
     start = time.monotonic()
-    labels = None if labels is None else class_labels(labels)
+    labels = None if labels is None else _as_labels(labels)
     seed, bootstrap = as_seed("seed", seed), as_integer("bootstrap", bootstrap)
     if bootstrap < 0 or bootstrap == 1:
         raise ValueError(f"bootstrap={bootstrap} resamples: needs at least 2, or 0 for no interval")
@@ -236,7 +236,7 @@ def _sfid(spatial: FeatureStatistics, reference: Reference, allow_few: bool) -> 
     return frechet_from_statistics(spatial.mean, spatial.covariance, *real)
 
 
-def class_labels(labels) -> Tensor:
+def _as_labels(labels) -> Tensor:
     """Class labels as int64 [N]. Raises ValueError on another shape (one-hot, [N, 1]) or what is no number of a class."""
     try:
         found = torch.as_tensor(labels)

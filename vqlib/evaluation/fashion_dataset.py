@@ -26,8 +26,8 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fas
 def load(split: str, folder: str | Path | None = None, verify: bool = True) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 1, 32, 32] (28×28 with a 2-pixel black border) and labels int64 [N] of `train` or `test`.
 
-    Files are looked for in `folder`, `$FASHION_MNIST`, then Debian's package; otherwise they are downloaded to
-    `~/.cache/fashion-mnist`. Raises ValueError on a checksum that does not match; `verify=False` takes other files of that form.
+    Files are looked for in `folder`, `$FASHION_MNIST`, then Debian's package and `~/.cache/fashion-mnist`; what the first of
+    these that is given lacks is downloaded into it. Raises ValueError on a checksum that does not match; `verify=False` takes other files of that form.
     """
     prefix = {"train": "train", "test": "t10k"}.get(split)
     if prefix is None:

@@ -101,13 +101,12 @@ def bootstrap_interval(
     distance: float,
     resamples: int,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of the distance at this count: features [N, D] resampled with replacement, the reference held fixed.
+    """95 % interval of the distance at this count: features [N, D] resampled with replacement, the reference held fixed.
 
     It says how far the distance moves with other seeds, not how far it is from that of infinitely many images.
     """
-    low, high = interval(distance, replicates(features, mean, covariance, resamples, seed), level)
+    low, high = interval(distance, replicates(features, mean, covariance, resamples, seed))
     return max(0.0, low), high
 
 
@@ -131,13 +130,11 @@ def replicates(features: Tensor, mean: Tensor, covariance: Tensor, resamples: in
     return found
 
 
-def interval(value: float, found: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The `level` interval of a value by its replicates [resamples].
+def interval(value: float, found: Tensor) -> tuple[float, float]:
+    """The 95 % interval of a value by its replicates [resamples].
 
     Resampling repeats images and so raises every distance alike: the replicates are centered on the value.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is outside (0, 1)")
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = (value + torch.quantile(found, tails) - found.mean()).tolist()
     return low, high

@@ -12,13 +12,12 @@ from numba import njit
 from torch import Tensor
 
 from vqlib.kernels.cpu_soft import CHUNK, load_block, softmax_block, store_block
-from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS, check_candidates
+from vqlib.kernels.reference import FROZEN_LOGIT, HISTOGRAM_BINS, SUMS, check_candidates
 from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
 from vqlib.kernels.vectors import OPTIONS
 
 _ONE, _TWO, _ZERO = np.float32(1.0), np.float32(2.0), np.float32(0.0)
 _FROZEN = np.float32(FROZEN_LOGIT)
-_SUMS = 5  # entropy, winners other than 0, frozen, absolute and quadratic ratio loss
 _BLOCK = np.uint64(BLOCK)
 
 
@@ -112,7 +111,7 @@ def _settle_range(slots, logits, threshold, freeze, start, stop, histogram, sums
     totals, products = np.empty(BLOCK, dtype=np.float32), np.ones(BLOCK)
     places, best = np.zeros(BLOCK, dtype=np.int32), np.zeros(BLOCK, dtype=np.int32)
     above = np.zeros(BLOCK, dtype=np.bool_)
-    lanes = np.zeros(_SUMS * BLOCK, dtype=np.float32)
+    lanes = np.zeros(SUMS * BLOCK, dtype=np.float32)
     for low in range(start, stop, BLOCK):
         rows, first = np.uint64(min(BLOCK, stop - low)), np.uint64(low)
         load_block(slots, logits, low, rows, values)
@@ -132,7 +131,7 @@ def _settle_range(slots, logits, threshold, freeze, start, stop, histogram, sums
                     for t in range(n):
                         logits[(first + b) * n + t] = _ZERO if t == best[b] else _FROZEN
     sums[0] += np.log(products).sum()
-    for i in range(_SUMS):
+    for i in range(SUMS):
         sums[i] += lanes[i * BLOCK : (i + 1) * BLOCK].sum()
 
 
@@ -207,7 +206,7 @@ def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Ten
     check_candidates(candidates, k)
     count, n = logits.shape
     chunks = -(-count // chunk_size(count, least=CHUNK))
-    histogram, sums = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64), np.zeros((chunks, _SUMS))
+    histogram, sums = np.zeros((chunks, HISTOGRAM_BINS), dtype=np.int64), np.zeros((chunks, SUMS))
     winners, used = np.zeros(count, dtype=np.uint8), np.zeros(k, dtype=np.bool_)
     slots, z, codes, threshold = (0,) * n, logits.numpy().reshape(-1), array(candidates).reshape(-1), np.float32(limit)
 

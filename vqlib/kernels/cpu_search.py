@@ -18,13 +18,13 @@ from torch import Tensor
 
 from vqlib.kernels.reference import ClusterSums, check_candidates, layer_by_layer
 from vqlib.kernels.threads import BLOCK, array, chunk_size, run_chunks
+from vqlib.kernels.vectors import OPTIONS
 
 MAX_LENGTH = 16  # beyond this the unrolled inner loop no longer fits in registers and a matrix product wins
 _UNROLL = 4
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _load(unit, x, start, stop, points):
     """Transpose one block of points: x [start:stop, d] -> points [d, 256]."""
     for b in range(stop - start):
@@ -32,7 +32,7 @@ def _load(unit, x, start, stop, points):
             points[j * BLOCK + b] = x[start + b, j]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _search(unit, points, table, bias, best, index):
     """Highest score of each point of a block and the codeword it belongs to: -> best [256], index [256]."""
     for b in range(BLOCK):
@@ -53,7 +53,7 @@ def _search(unit, points, table, bias, best, index):
             index[b] = best_index
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _search_after(unit, points, table, bias, last, last_index, best, index):
     """The same among codewords that come after a given one: lower score, or equal score and higher index."""
     for b in range(BLOCK):
@@ -75,7 +75,7 @@ def _search_after(unit, points, table, bias, last, last_index, best, index):
             index[b] = best_index
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _assign_range(unit, x, start, stop, table, bias, codes):
     points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
     best = np.empty(BLOCK, dtype=np.float32)
@@ -88,7 +88,7 @@ def _assign_range(unit, x, start, stop, table, bias, codes):
             codes[low + b] = index[b]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _assign_near_range(unit, x, start, stop, table, bias, guess, near, codes):
     """The same, without a search for points whose squared distance from their guess is below `near` of it: [k]."""
     points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
@@ -115,7 +115,7 @@ def _assign_near_range(unit, x, start, stop, table, bias, guess, near, codes):
             waiting = 0
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _sums_range(unit, x, start, stop, table, bias, sums, counts, squares):
     points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
     best = np.empty(BLOCK, dtype=np.float32)
@@ -135,7 +135,7 @@ def _sums_range(unit, x, start, stop, table, bias, sums, counts, squares):
             squares[code] += square
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _nearest_range(unit, x, start, stop, table, bias, found):
     points = np.zeros(len(unit) * BLOCK, dtype=np.float32)
     scores = np.empty((2, BLOCK), dtype=np.float32)  # of the candidate before, of this one

@@ -17,7 +17,7 @@ from vqlib.kernels.bits import CHUNK, unpack_range
 
 _SCORES_PER_CHUNK = 1 << 24  # elements of the [chunk, k] score matrix: 64 MiB in float32
 HISTOGRAM_BINS = 20
-SUMS = 5  # of RatioStatistics, those that are means over the sub-vectors
+SUMS = 5  # of RatioStatistics, those that are means: entropy, winners other than 0, frozen, both ratio losses
 INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch lacks minima of the others
 FROZEN_LOGIT = -1e4  # exp(−1e4) is exactly 0 in float32: the ratios of a frozen sub-vector are exactly one-hot
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vqlib.system.files import replacing
+from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest
 
 
@@ -50,9 +49,7 @@ class Prompts:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all; returns its path."""
         path = Path(path).expanduser()
-        with replacing(path) as temporary:
-            tensors = {name: rows.contiguous() for name, rows in self.tensors.items()}
-            save_file(tensors, temporary, {"prompts": json.dumps(self.texts, ensure_ascii=False)})
+        write_tensors(path, dict(self.tensors), {"prompts": json.dumps(self.texts, ensure_ascii=False)})
         return path
 
     @classmethod

@@ -211,6 +211,14 @@ def _integers(what: str, values: Iterable[int], check: Callable[[str, object], i
     return [check(f"{what} of image {i}", value) for i, value in enumerate(given)]
 
 
+def require_fitting(pipe: Pipeline, config: SamplingConfig) -> None:
+    """ValueError for steps that the model's process has not, and for more guided channels than the latents have."""
+    pipe.schedule.respace(config.steps)
+    channels = pipe.latent_shape[0]
+    if (config.guidance_channels or 0) > channels:
+        raise ValueError(f"guidance_channels={config.guidance_channels} but the latents have {channels} channels")
+
+
 def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: SamplingConfig) -> None:
     if len(labels) != len(seeds):
         raise ValueError(f"{len(labels)} class labels but {len(seeds)} seeds; give one of each per image")
@@ -224,8 +232,6 @@ def _check(pipe: Pipeline, labels: list[int], seeds: list[int], config: Sampling
         if not 0 <= label < classes:
             known = f"0 … {classes - 1}, the model's classes"
             raise ValueError(f"class label {label} (image {position}) is outside {known}")
-    channels = pipe.latent_shape[0]
-    if (config.guidance_channels or 0) > channels:
-        raise ValueError(f"guidance_channels={config.guidance_channels} but the latents have {channels} channels")
+    require_fitting(pipe, config)
     if pipe.transformer.training:
         raise ValueError("the transformer is in training mode, which drops class labels at random; call .eval() first")

@@ -45,7 +45,7 @@ def find_candidates(x: Tensor, codewords: Tensor, n: int, start: str = "equal") 
     if start == "equal":
         logits = torch.zeros(indices.shape, dtype=torch.float32, device=x.device)
     elif start == "distance":
-        distance = torch.stack([(x - codewords[column]).norm(dim=1) for column in indices.unbind(1)], dim=1)
+        distance = candidate_distances(x, codewords, indices)
         logits = (distance[:, -1:].clamp_min(1e-5) / (distance + 1e-5)).log().float()
     elif start == "least-squares":
         logits = _least_squares_logits(x, codewords, indices)
@@ -55,6 +55,12 @@ def find_candidates(x: Tensor, codewords: Tensor, n: int, start: str = "equal") 
     else:
         raise ValueError(f"ratio start {start!r} is not one of {', '.join(map(repr, RATIO_STARTS))}")
     return Candidates(indices.to(index_dtype(k)), logits)
+
+
+def candidate_distances(x: Tensor, codewords: Tensor, candidates: Tensor) -> Tensor:
+    """Euclidean distance of every sub-vector x [N, d] to its candidates [N, n] among codewords [k, d]: -> [N, n]."""
+    columns = [(x - codewords[column.long()]).norm(dim=1) for column in candidates.unbind(1)]
+    return torch.stack(columns, dim=1)  # n × [N] -> [N, n]
 
 
 def _least_squares_logits(x: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:

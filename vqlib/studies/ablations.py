@@ -13,6 +13,7 @@ import pandas as pd
 from vqlib.config import SamplingConfig
 from vqlib.evaluation.references import reference_of, require_enough
 from vqlib.models.pipeline import Pipeline
+from vqlib.models.sampling import require_fitting
 from vqlib.studies.engines import complete, run
 from vqlib.studies.experiments import Method
 from vqlib.studies.processes import Here
@@ -48,6 +49,7 @@ class Ablation:
         if self.reference is None:
             object.__setattr__(self, "reference", reference_of(self.pipe.name))
         require_enough(self.reference, self.images)
+        require_fitting(self.pipe, self.sampling)
 
     def row(self, setting: Setting, seed: int) -> dict:
         """The row of one setting and seed of codebooks and calibration; made where it is not finished."""

@@ -9,6 +9,7 @@ from vqlib.config import SamplingConfig, VQConfig, recipe_vq
 from vqlib.evaluation.references import require_enough
 from vqlib.models import pipeline
 from vqlib.models.pipeline import Pipeline
+from vqlib.models.sampling import require_fitting
 from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.baselines.baseline import Baseline, FullPrecision, Moments
 from vqlib.studies.baselines.gptq import GPTQ
@@ -27,7 +28,8 @@ class Bench:
     """A table as a study: the model, how each method's transformer is made from it, and the rows as tasks.
 
     A pipeline that is not given is loaded, onto the GPU where there is one. `device`: of the machines that make the rows,
-    the pipeline's own unless it is given. Raises ValueError for an unknown method, and for fewer images than the features need.
+    the pipeline's own unless it is given. Raises ValueError for an unknown method, for fewer images than the features need, and
+    for steps that the model's process has not.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Bench:
         for images in {row.images for row in config.rows()}:
             require_enough(config.reference, images)
         self.config, self.folder, self.pipe = config, Path(folder), pipe or pipeline.load(config.model, device="auto")
+        for row in config.rows():
+            require_fitting(self.pipe, self._sampling(row))
         device = device or device_label(self.pipe.device)
         self.how = Measuring.of(self.pipe, config.reference, device=device, shard=config.shard)
 
@@ -60,9 +64,11 @@ class Bench:
     def task(self, row: Row) -> Evaluated:
         """A row, found by method, model and conditions."""
         config = self.config
-        sampling = SamplingConfig(row.steps, config.guidance_scale, batch_size=config.batch_size)
         made = Made(self.how, METHODS[row.method](config, row.bits))
-        return Evaluated(made, row.images, sampling, config.bootstrap, label=str(row))
+        return Evaluated(made, row.images, self._sampling(row), config.bootstrap, label=str(row))
+
+    def _sampling(self, row: Row) -> SamplingConfig:
+        return SamplingConfig(row.steps, self.config.guidance_scale, batch_size=self.config.batch_size)
 
 
 def _codes(table: TableConfig, vq: VQConfig, recipe: str | None = None, distilled: bool = False) -> VectorQuantized:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -87,11 +88,12 @@ def estimate(
     pipe = source if isinstance(source, Pipeline) else None
     geometry = _shape(pipe) if pipe else source
     device = device_of(device or (pipe.device if pipe else "cpu"))
-    _compile(job.vq, device)
+    _compile(job.vq.replace(layers=(), full_precision=()), device)
     held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
     probe = _first_blocks(pipe, geometry, device)
     hessians, moments = _moments(probe, job, device)
-    fit, student = _timed(lambda: quantize(probe.transformer, job.vq, hessians=hessians), device)
+    codes = _of_probe(job.vq, list(structure.quantizable(probe.transformer)))
+    fit, student = _timed(lambda: quantize(probe.transformer, codes, hessians=hessians), device)
     runs = {"calibration": _Probe(partial(Calibration, probe, student), job.calibration)}
     packed = harden(student)
     if job.distillation:
@@ -187,6 +189,18 @@ def _first_blocks(pipe: Pipeline | None, geometry: Geometry | Blueprint, device:
     denoiser = None if isinstance(geometry, Geometry) else geometry.denoiser()
     schedule = FlowMatching() if denoiser else NoiseSchedule.linear()  # what a step takes is the model's part
     return Pipeline("probe", transformer.to(device), None, schedule, names, denoiser)
+
+
+def _of_probe(vq: VQConfig, names: list[str]) -> VQConfig:
+    """The settings as far as they are about these layers; what would leave none of them to quantize does not count."""
+
+    def fits(pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    own = vq.replace(
+        layers=tuple(rule for rule in vq.layers if fits(rule[0])), full_precision=tuple(filter(fits, vq.full_precision))
+    )
+    return own if any(map(own.takes, names)) else own.replace(full_precision=())
 
 
 def _fits(weights: dict[str, torch.Tensor], name: str, own: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqlib.calibrator.calibrate import calibrate
-from vqlib.calibrator.distill import distill
+from vqlib.calibrator.distill import distill, require_on_output
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import CHANGE_NO_STEP, differences, read_records
 from vqlib.config import OTHER_TRAJECTORIES, CalibrationConfig, SamplingConfig, VQConfig
@@ -118,7 +118,10 @@ def measure(
 
 
 def reference_fingerprint(reference: str | Path, extractor: Extractor | None = None) -> str:
-    """SHA-256 of a stored reference's whole file and of the extractor: the given one, or that of the reference."""
+    """SHA-256 of a stored reference's whole file and of the extractor's weights: the given one's, or those the reference says.
+
+    ADM's files say nothing of them: rows against one depend on Inception's weights without knowing them.
+    """
     seen_by = extractor.fingerprint if extractor else load_reference(reference).fingerprint
     with reference_path(reference).open("rb") as file:
         return digest([], f"{hashlib.file_digest(file, 'sha256').hexdigest()} {seen_by}")
@@ -180,6 +183,7 @@ def packed_model(
     how, target = VectorQuantized(vq, settings, seed, moments, distillation), Path(folder).expanduser() / "packed"
     vq, moments = how.vq, how.moments
     fitting_layers(pipe.transformer, vq)  # before second moments are gathered, and not after it
+    require_stages(pipe, settings, distillation)
     about = {"source": pipe.name, "source_sha256": fingerprint(pipe.transformer), "pipeline": pipe.identity()}
     about |= {"quantization": vq.to_dict(), "seed": seed, "calibration": settings and settings.to_dict()}
     about |= {"distillation": distillation and distillation.to_dict()}
@@ -191,12 +195,24 @@ def packed_model(
             return _loaded(target, about).to(pipe.device)
         hessians = input_hessians(pipe, moments.inputs, moments.batches) if moments else None
         student = quantize(pipe.transformer, vq, seed, hessians=hessians)
+        del hessians  # as large as the model, and of no use to the training
         out = target.parent / "calibration"
         packed = calibrate(pipe, student, settings, out=out).finish() if settings else harden(student)
         if distillation:
             packed = distill(pipe, packed, distillation, out=target.parent / "distillation").finish()
         save(packed, target, provenance=about)
         return packed
+
+
+def require_stages(
+    pipe: Pipeline, calibration: CalibrationConfig | None, distillation: CalibrationConfig | None
+) -> None:
+    """ValueError for steps that the model's process has not, and for a last stage that is not on the output."""
+    for config in (calibration, distillation):
+        if config:
+            pipe.schedule.respace(config.steps)
+    if distillation:
+        require_on_output(distillation)
 
 
 def class_labels(pipe: Pipeline, images: int) -> Sequence[int]:

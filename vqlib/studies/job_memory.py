@@ -22,16 +22,15 @@ def unquantized_bytes(shape: Shape) -> int:
 def codebook_bytes(shape: Shape, vq: VQConfig, layers: float, soft: Sequence[CandidateLinear]) -> float:
     """Of all soft layers (`layers`), the search in the largest of `soft`, and second moments where they are needed."""
     largest = max(len(layer.candidates) for layer in soft)
-    return layers + largest * 8 * (vq.candidates + 4) + moments_bytes(shape, vq)
+    moments = 0 if vq.assignment == "nearest" else moments_bytes(shape)
+    return layers + largest * 8 * (vq.candidates + 4) + moments
 
 
-def moments_bytes(shape: Shape, vq: VQConfig) -> int:
+def moments_bytes(shape: Shape) -> int:
     """All second moments in float32, and error feedback's work on the widest layer in float64.
 
     As if no two layers had the same inputs; q, k and v have.
     """
-    if vq.assignment == "nearest":
-        return 0
     moments = sum(into**2 for _, into in shape.shapes)
     return 4 * moments + 8 * max(4 * into**2 + 4 * out * into for out, into in shape.shapes)
 

@@ -79,7 +79,7 @@ def read_table(bench: Bench) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Regenerate the bundled model's table with one process a core (one in all on a GPU), or on a cluster, and export it."""
+    """Regenerate the bundled model's table with one process a core, eight at most (one in all on a GPU), or on a cluster, and export it."""
     parser = argparse.ArgumentParser("python -m vqlib.studies.main_table", description=main.__doc__)
     parser.add_argument("--on", default="local", choices=PLACES)
     config, workers = TableConfig(), min(os.cpu_count() or 1, MOST_WORKERS)

@@ -28,7 +28,7 @@ from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.checkpoint import attach
 from vqlib.quantizer.quantize import fitting_layers
-from vqlib.studies.on_ray import demands, join, ray_module
+from vqlib.studies.on_ray import PLACES, demands, join, ray_module
 from vqlib.studies.sources import Source
 from vqlib.studies.tasks import Needs
 from vqlib.system.fingerprint import fingerprint
@@ -91,7 +91,7 @@ class StagesOnRay:
         for index, cut in enumerate(cuts):
             where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
             options = demands(needs) | {"name": None, "scheduling_strategy": where}
-            self.actors.append(actor.options(**options).remote(source, device, vq, config, cut, seed, needs.cpus))
+            self.actors.append(actor.options(**options).remote(source, device, (vq, config, cut, seed), needs.cpus))
 
     def call(self, stage: int, method: str, *args) -> Any:
         return self.actors[stage].call.remote(method, *args)
@@ -111,8 +111,7 @@ class StagesOnRay:
 class _Actor:
     """A stage in a process of its own."""
 
-    def __init__(self, source: Source, device: str, *stage, threads: int = 1) -> None:
-        *stage, threads = stage
+    def __init__(self, source: Source, device: str, stage: Sequence[Any], threads: int) -> None:
         torch.set_num_threads(threads)
         self.stage = Stage(source.load(device), *stage)
 
@@ -267,8 +266,10 @@ def calibrate_in_stages(
     """Quantize and calibrate `pipe` by that many stages; `on`: "ray", or "local" for all of them in this process.
 
     `device`, `needs`: of one stage on the cluster. batches: of second moments, where error feedback needs them (`input_hessians`).
-    Raises ValueError for codes that do not fit the model, as `quantize` does, before there is any stage.
+    Raises ValueError for codes that do not fit the model, as `quantize` does, and for another place, before there is any stage.
     """
+    if on not in PLACES:
+        raise ValueError(f"on={on!r} is not one of {', '.join(PLACES)}")
     require_independent(vq, config)
     fitting_layers(pipe.transformer, vq)
     cuts = cut(len(structure.block_list(pipe.transformer)), stages)

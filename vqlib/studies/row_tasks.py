@@ -111,11 +111,16 @@ class Made:
     @property
     def needs(self) -> Needs:
         """A core, a GPU where the study's device is one, and memory by the shapes."""
-        on_host, sampled = self.how.device == "cpu", SamplingConfig().batch_size
+        return self.sampled_by(0)
+
+    def sampled_by(self, batch: int) -> Needs:
+        """What is needed where the transformer is made, and then sampled so many images at a time."""
+        on_host = self.how.device == "cpu"
         shape, vq = self.how.geometry, getattr(self.method, "vq", VQConfig())
         trained = getattr(self.method, "how", self.method)  # a rival's training stands in its `Trained`
         runs = [getattr(trained, name, None) for name in ("calibration", "distillation")]
-        memory = row_bytes(shape, vq, *runs, sampled, on_host) if shape else 0
+        moments = getattr(trained, "moments", None) is not None
+        memory = row_bytes(shape, vq, *runs, moments, batch, on_host) if shape else 0
         return Needs(1, 0 if on_host else 1, memory)
 
     def leaves(self) -> tuple[str, ...]:
@@ -155,7 +160,7 @@ class Shard:
 
     @property
     def needs(self) -> Needs:
-        return self.made.needs
+        return self.made.sampled_by(min(self.sampling.batch_size, self.count))
 
     @property
     def cost(self) -> float:
@@ -211,7 +216,7 @@ class Evaluated:
 
     @property
     def needs(self) -> Needs:
-        return self.made.needs
+        return self.made.sampled_by(self.sampling.batch_size)
 
     @property
     def cost(self) -> float:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ def _plain(made_of: Any) -> Any:
     if dataclasses.is_dataclass(made_of):
         kind = type(made_of)
         return {"class": kind.__name__} | {name: _plain(getattr(made_of, name)) for name in _fields(kind)}
+    if isinstance(made_of, Mapping):
+        return {name: _plain(value) for name, value in made_of.items()}
     return [_plain(part) for part in made_of] if isinstance(made_of, (list, tuple)) else made_of
 
 

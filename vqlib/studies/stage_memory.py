@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vqlib.config import CalibrationConfig, VQConfig
 from vqlib.models.geometry import Geometry
-from vqlib.studies.job_memory import IN_FORWARD, IN_GRAPH
+from vqlib.studies.job_memory import IN_FORWARD, IN_GRAPH, moments_bytes
 
 IDLE = 640 << 20  # of a process that has imported vqlib and compiled its kernels
 
@@ -41,14 +41,12 @@ def stage_bytes(
     return rest + held + kept + at_once(graphs)
 
 
-def dit_stage_bytes(
-    geometry: Geometry, blocks: tuple[int, int], vq: VQConfig, config: CalibrationConfig, weight_bytes: int = 4
-) -> int:
+def dit_stage_bytes(geometry: Geometry, blocks: tuple[int, int], vq: VQConfig, config: CalibrationConfig) -> int:
     """`stage_bytes` of blocks first … last − 1 of a DiT."""
     count, row = blocks[1] - blocks[0], 4 * geometry.tokens * geometry.hidden
-    rest = weight_bytes * (geometry.parameters_in_memory - geometry.depth * geometry.block_weights)
+    rest = 4 * (geometry.parameters_in_memory - geometry.depth * geometry.block_weights)
     own, linears = [geometry.block_weights] * count, len(geometry.linears())
-    return stage_bytes(own, row, rest, vq, config, weight_bytes, linears)
+    return stage_bytes(own, row, rest, vq, config, linears=linears)
 
 
 def row_bytes(
@@ -56,12 +54,14 @@ def row_bytes(
     vq: VQConfig,
     calibration: CalibrationConfig | None,
     distillation: CalibrationConfig | None,
+    moments: bool,
     batch_size: int,
     on_host: bool = True,
 ) -> int:
     """Of the host's memory while a row is made: on a GPU's machine the weights on their way, else all of it.
 
-    calibration, distillation: None for a stage that the row does without.
+    calibration, distillation: None for a stage that the row does without; moments: whether its codes are found by second
+    moments, which are let go before it is trained; batch_size: of the images sampled.
     """
     weights = 4 * geometry.parameters_in_memory
     if not on_host:
@@ -69,4 +69,4 @@ def row_bytes(
     stages = [(vq, calibration), (vq.replace(candidates=1), distillation)]  # the last one starts from hard codes
     made = [dit_stage_bytes(geometry, (0, geometry.depth), own, config) for own, config in stages if config]
     sampling = weights + 2 * IN_FORWARD * batch_size * 4 * geometry.tokens * geometry.hidden
-    return IDLE + max(*made, 2 * weights, sampling)
+    return IDLE + max(*made, 2 * weights + (moments_bytes(geometry) if moments else 0), sampling)

@@ -134,6 +134,7 @@ def _made(pipe: Pipeline, layers: Layers, rival: Rival) -> tuple[dict[str, Tenso
     how = rival.how
     hessians, seconds = input_hessians(pipe, how.moments.inputs, how.moments.batches), 0.0
     made = rival.layers(layers, hessians)
+    del hessians  # as large as the model, and of no use to the training
     if how.distillation:
         student = copy.deepcopy(structure.unwrapped(pipe.transformer)).requires_grad_(False)
         for name, layer in made.items():
