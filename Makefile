@@ -1,4 +1,4 @@
-# Every target does its own set-up: a fresh clone needs Python 3.11+ and make.
+# Every target but gpu, which takes the python it is given, does its own set-up: a fresh clone needs Python 3.11+ and make.
 # Another interpreter: make env PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
