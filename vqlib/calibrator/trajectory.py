@@ -30,7 +30,9 @@ class Trajectory:
     """B images on their way from noise; `inputs()` is the batch to evaluate, `advance(output)` takes one step.
 
     Image b starts anew from fresh noise and a random condition when it arrives. All draws of move m come from a generator of
-    the CPU's, seeded with (seed, m): a seed means the same inputs on every device, and `state()` needs no generator. With `staggered` order image b is b/B of a trajectory ahead.
+    the CPU's, seeded with (seed, m): a seed means the same inputs on every device, and `state()` needs no generator. (With seed 0 these are
+    the generators from which the sampler draws images 0, 1, 2 …: image 0's first noise begins the first path, too; other
+    draws stand in other places.) With `staggered` order image b is b/B of a trajectory ahead.
     """
 
     def __init__(self, pipe: Pipeline, config: CalibrationConfig) -> None:

@@ -61,8 +61,7 @@ class Metrics:
     @property
     def fd_title(self) -> str:
         """The name with the count, on which the figure depends strongly: 'FID-10k', 'FD-5k (fashion)'."""
-        count = f"{self.images // 1000}k" if self.images % 1000 == 0 else str(self.images)
-        return self.fd_name.replace("FID", f"FID-{count}").replace("FD", f"FD-{count}")
+        return with_count(self.fd_name, self.images)
 
     def to_dict(self) -> dict:
         """JSON-safe; `from_dict` gives the same metrics back."""
@@ -85,6 +84,13 @@ class Metrics:
         row |= {self.is_name: self.inception_score, "precision": self.precision, "recall": self.recall}
         rest = ("accuracy", "images", "reference", "extractor", "device", "minutes")
         return row | {name: getattr(self, name) for name in rest}
+
+
+def with_count(distance: str, images: int) -> str:
+    """A distance's name with the number of images: 'FD (fashion)' of 5000 -> 'FD-5k (fashion)'."""
+    count = f"{images // 1000}k" if images % 1000 == 0 else str(images)
+    head, space, extractor = distance.partition(" ")
+    return f"{head}-{count}{space}{extractor}"
 
 
 def evaluate(

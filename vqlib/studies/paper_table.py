@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from vqlib.evaluation.evaluate import with_count
 from vqlib.figures.styles import FULL_PRECISION
 from vqlib.figures.tables import save_table
 from vqlib.models.pipeline import DATA
@@ -85,10 +86,7 @@ def export(table: pd.DataFrame, caption: str, folder: str | Path) -> dict[str, P
 
 def title(distance: str, run: pd.Series) -> str:
     """The distance with its count and steps: 'FD-5k (fashion), 50 steps'."""
-    images = int(run["images"])
-    count = f"{images // 1000}k" if images % 1000 == 0 else str(images)
-    head, _, tail = distance.partition(" ")
-    return f"{head}-{count}{' ' + tail if tail else ''}, {run['steps']} steps"
+    return f"{with_count(distance, int(run['images']))}, {run['steps']} steps"
 
 
 def _with_quoted(frame: pd.DataFrame, group: pd.Series, quoted: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
