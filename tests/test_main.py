@@ -88,6 +88,11 @@ def test_sampling_that_was_killed_goes_on(folder, monkeypatch):
     run("sample", folder, *batches)
     assert seen == [1] and np.array_equal(np.load(folder / "samples.npz")["arr_0"], whole)
     assert not any((folder / "unfinished").iterdir())
+    monkeypatch.setattr(experiments, "sample_batches", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("sample", folder, *batches)
+    run("sample", folder, *batches, "--set", "images=1")  # of a batch of two
+    assert np.array_equal(np.load(folder / "samples.npz")["arr_0"], whole[:1])
 
 
 def test_estimate_needs_no_weights_and_prints_sizes_and_the_quoted_figure(tmp_path, capsys, monkeypatch):
@@ -293,6 +298,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(tmp_path, monke
         ),
         ("calibrate", ["--distill", "2", "--set", "distillation.steps=2000"], "steps=2000 is outside 1 … 1000"),
         ("table", ["--set", "images=500", "--set", "sampling.steps=2000"], "steps=2000 is outside 1 … 1000"),
+        ("table", ["--set", "images=500", "--set", "calibration.steps=2000"], "steps=2000 is outside 1 … 1000"),
         ("calibrate", ["--workers", "2"], "--on, --store and --workers are table's alone"),
         ("table", ["--on", "ray", "--workers", "4", "--set", "images=500"], "--workers 4 is of --on local"),
         ("calibrate", ["--distill", "-1"], "--distill -1 must be 0 or more"),

@@ -44,6 +44,7 @@ from vqlib.studies.rows import content_key
 from vqlib.studies.table_rows import DISTILLED
 from vqlib.system.files import replacing
 from vqlib.system.fingerprint import fingerprint
+from vqlib.system.memory import device_label
 
 TABLE_SETTINGS = (
     *("images", "reference", "vq.bits"),
@@ -131,13 +132,19 @@ def sample_job(job: Preset, options: argparse.Namespace) -> None:
     pipe = _load(job, options)
     require_fitting(pipe, job.sampling)
     packed = pipe.with_transformer(_calibrated(pipe, job, options))
-    made_of = fingerprint(packed.transformer), fingerprint(pipe.vae), pipe.identity(), job.sampling
+    made_of = (
+        fingerprint(packed.transformer),
+        fingerprint(pipe.vae),
+        pipe.identity(),
+        job.sampling,
+        device_label(pipe.device),
+    )
     unfinished, path = options.out / "unfinished" / content_key(*made_of), options.out / "samples.npz"
     labels = class_labels(pipe, job.images)
     images = torch.cat([*sampled_batches(packed, labels, range(job.images), job.sampling, unfinished, progress=True)])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=images[: job.images].permute(0, 2, 3, 1).numpy())  # [N, C, H, W] -> [N, H, W, C]
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     print(f"images: {path}")
 
 

@@ -99,6 +99,8 @@ def test_ratio_heatmap_shows_each_share_in_its_place():
         ("blocks.2.other", (2, "other")),
         ("model.transformer_blocks.1.ff_context.net.2", (1, "ff_context.net.2")),
         ("single_transformer_blocks.7.attn.to_q", (7, "single attn.to_q")),
+        ("layers.1.attn1.to_q", (1, "q")),
+        ("blocks.3", (3, "blocks.3")),
     ],
 )
 def test_layer_place(name, place):

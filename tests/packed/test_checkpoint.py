@@ -23,8 +23,8 @@ from tests.fuzz_checkpoint import (
 from vqlib import CheckpointError, load_transformer, save, size_report
 from vqlib.config import VQConfig
 from vqlib.kernels.bits import pack_codes
-from vqlib.packed.checkpoint import packed_layers
-from vqlib.packed.harden import harden
+from vqlib.packed.checkpoint import packed_layers, stored_in
+from vqlib.packed.harden import harden, soften
 from vqlib.quantizer.quantize import quantize
 from vqlib.system import folders
 
@@ -146,6 +146,7 @@ def test_a_hardened_model_is_the_students_own_values_and_none_of_its_memory(scop
     save(wide, tmp_path / "wide")
     loaded = load_transformer(tmp_path / "wide").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wide.state_dict().items())
+    assert stored_in(harden(soften(wide)), None) == "float32" and stored_in(harden(soften(half)), None) == "float16"
     before = forward(half)
     with torch.no_grad():
         for tensor in student.parameters():  # what goes on training

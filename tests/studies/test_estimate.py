@@ -132,6 +132,12 @@ def test_rules_for_single_layers_are_followed_where_the_probe_has_them(pattern, 
     assert len(seen[-1].layers) == int(pattern != "transformer_blocks.1.*")
 
 
+@pytest.mark.parametrize("rule", [{"vq.full_precision": ["*.to_kk"]}, {"vq.layers": [["*.to_kk", 8, 2]]}])
+def test_a_pattern_that_fits_no_layer_is_refused(rule):
+    with pytest.raises(ValueError, match=r"'\*.to_kk' fits none of the 14 layers"):
+        estimate(tiny.pipeline(), JOB.with_settings(rule))
+
+
 def test_a_preset_may_be_named():
     with pytest.raises(ValueError, match="'dit' is not one of"):
         estimate(tiny.pipeline(), "dit")

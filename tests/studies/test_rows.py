@@ -38,6 +38,7 @@ def test_a_row_is_made_once_and_found_by_every_field_and_by_the_class(rows):
 
 def test_mappings_are_found_again_whatever_their_order_and_tuples(rows):
     assert rows.make(lambda folder: {"fd": 0.1}, {"side": (1, 2), "name": "a"}) is True
+    assert rows.make(lambda folder: pytest.fail("made again"), {"name": "a", "side": (1, 2)}) is False
     assert rows.read({"name": "a", "side": [1, 2]}) == {"fd": 0.1} and rows.read({"name": "a", "side": [1]}) is None
 
 

@@ -7,6 +7,7 @@ from vqlib.system.fingerprint import digest, fingerprint
 def test_equal_models_have_equal_fingerprints_and_others_do_not():
     a, b, c = tiny.transformer(0), tiny.transformer(0), tiny.transformer(1)
     assert fingerprint(a) == fingerprint(b) != fingerprint(c)
+    assert fingerprint(torch.compile(a, backend="eager")) == fingerprint(a)
     next(b.parameters()).data.view(-1)[0] += 1e-6
     assert fingerprint(a) != fingerprint(b)
 

@@ -225,7 +225,7 @@ class Calibration(Iterator[Record]):
         codes |= {"k": len(layer.codebook), "d": layer.codebook.shape[1], "candidates": layer.candidates.shape[1]}
         codes |= {"codebooks": len({id(layer.codebook) for layer in self.layers.values()})}
         codes |= {"quantized_with": getattr(self.student, "quantized_with", None)}
-        codes |= {"teacher_sha256": fingerprint(structure.unwrapped(self.pipe.transformer))}
+        codes |= {"teacher_sha256": fingerprint(self.pipe.transformer)}
         return {"calibration": self.config.to_dict(), "student": codes, "pipeline": self.pipe.identity()}
 
     def _state(self) -> dict[str, Tensor]:

@@ -22,19 +22,19 @@ KINDS = {  # a DiT's layers by their names within a block -> short labels, in th
     "ff.net.0.proj": "MLP 1",
     "ff.net.2": "MLP 2",
 }
-NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")  # list of blocks, number, name within the block
+NUMBERED = re.compile(r"(\w+)\.(\d+)(?:\.(.+))?")  # list of blocks, number, name within the block
 
 
 def layer_place(name: str) -> tuple[int, str]:
     """(block, kind) of a quantized layer's name: 'transformer_blocks.3.attn1.to_q' -> (3, 'q').
 
-    Layers that a DiT has not have the name within their block as kind, with FLUX's second list of blocks before it:
-    'single_transformer_blocks.7.proj_mlp' -> (7, 'single proj_mlp'). A name without a number counts as of block 0.
+    Layers that a DiT has not have the name within their block as kind, and what FLUX calls its second list of blocks before
+    it: 'single_transformer_blocks.7.proj_mlp' -> (7, 'single proj_mlp'). A name without a number counts as of block 0.
     """
     found = NUMBERED.search(name)
-    blocks, number, within = found.groups() if found else ("", "0", name)
-    other = blocks.removesuffix("blocks").removesuffix("transformer_").strip("_")
-    return int(number), " ".join(part for part in (other, KINDS.get(within, within)) if part)
+    blocks, number, within = found.groups(default=name) if found else ("", "0", name)
+    second = blocks.removesuffix("_transformer_blocks") if blocks.endswith("_transformer_blocks") else ""
+    return int(number), " ".join(part for part in (second, KINDS.get(within, within)) if part)
 
 
 def kinds_in_order(kinds: Iterable[str]) -> list[str]:

@@ -128,7 +128,8 @@ class Blueprint:
         return 2.0 * rows * (self.tokens * self.weights + attention)
 
     def sizes(self, vq: VQConfig) -> Sizes:
-        """Sizes under the paper's counting."""
+        """Sizes under the paper's counting. ValueError for a pattern that fits no layer."""
+        vq.require_used(self.layers)
         return counted(_linears(self.layers), vq)
 
     def sizes_by_kind(self, vq: VQConfig) -> dict[str, Sizes]:

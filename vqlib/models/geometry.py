@@ -135,9 +135,11 @@ class Geometry:
         return 2.0 * rows * self.depth * (self.tokens * per_token + attention + 6 * self.hidden**2)
 
     def sizes(self, vq: VQConfig) -> Sizes:
-        """Sizes under the paper's counting."""
+        """Sizes under the paper's counting. ValueError for a pattern that fits no layer."""
         block = {name: (out, into, out) for name, (out, into) in self.linears().items()}
-        return counted({f"transformer_blocks.{i}.{n}": s for i in range(self.depth) for n, s in block.items()}, vq)
+        linears = {f"transformer_blocks.{i}.{n}": s for i in range(self.depth) for n, s in block.items()}
+        vq.require_used(linears)
+        return counted(linears, vq)
 
 
 def counted(linears: Mapping[str, tuple[int, int, int]], vq: VQConfig) -> Sizes:

@@ -70,7 +70,7 @@ def save(
     if isinstance(known, VQQuantizer):  # saved or loaded before: what is known of it stays true
         scope = known.quantization_config.config.codebook_scope
         provenance = known.quantization_config.provenance if provenance is None else provenance
-    folder, storage = Path(folder).expanduser(), _storage(model, storage)
+    folder, storage = Path(folder).expanduser(), stored_in(model, storage)
     attach(model, provenance, storage, scope)
     with write_folder(folder, may_replace={CONFIG, WEIGHTS}) as partial:
         model.save_pretrained(partial, max_shard_size="1000TB")
@@ -110,7 +110,7 @@ def size_report(model: nn.Module) -> pd.DataFrame:
     without its header, and over all these layers bits_per_weight and what an entropy coder would make of it, entropy_coded.
     """
     layers = packed_layers(model)
-    stored, _ = container.encode(model.state_dict(), _storage(model, None), "")
+    stored, _ = container.encode(model.state_dict(), stored_in(model, None), "")
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in stored.items()}
     rows = [_row(name, layer, sizes) for name, layer in layers.items()]
     dense = structure.quantizable(model) if layers else {}
@@ -132,8 +132,11 @@ def size_report(model: nn.Module) -> pd.DataFrame:
     return table
 
 
-def _storage(model: nn.Module, asked: str | None) -> str:
-    """What other tensors than codes and codebooks are stored in: as asked, as is known of the model, or float16."""
+def stored_in(model: nn.Module, asked: str | None) -> str:
+    """What other tensors than codes and codebooks are stored in: as asked, as is known of the model, or float16.
+
+    ValueError where float32 is asked of a model that was rounded to float16.
+    """
     known = getattr(model, "hf_quantizer", None)
     held = known.quantization_config.storage if isinstance(known, VQQuantizer) else None
     if (held, asked) == ("float16", "float32"):

@@ -10,18 +10,19 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vqlib.models import structure
-from vqlib.packed.checkpoint import attach
+from vqlib.packed.checkpoint import attach, stored_in
 from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.candidates import Candidates, index_dtype
 from vqlib.quantizer.soft import CandidateLinear, soft_layers
 from vqlib.system.fingerprint import digest
 
 
-def harden(student: nn.Module, storage: str = "float16") -> nn.Module:
+def harden(student: nn.Module, storage: str | None = None) -> nn.Module:
     """The packed transformer: the candidates with the highest ratio become assignments. Shared codebooks stay shared.
 
     A diffusers model comes back attached (`checkpoint.attach`): `save_pretrained` writes it as it is. All that is no code,
-    codebook or scale is rounded to `storage`, "float16" or "float32", which rounds nothing. The student stays as it is.
+    codebook or scale is rounded to `storage`, "float16" or "float32", which rounds nothing; by default to what the packed
+    model had from which the student was softened, else float16. The student stays as it is.
     """
     student = structure.unwrapped(student)
     soft = soft_layers(student)
@@ -32,7 +33,7 @@ def harden(student: nn.Module, storage: str = "float16") -> nn.Module:
             codebooks[id(layer.codebook)] = _as_stored(layer, name)
         structure.swap(packed, name, harden_layer(layer, name, codebooks[id(layer.codebook)]))
     packed = packed.eval().requires_grad_(False)
-    return attach(packed, storage=storage) if soft and isinstance(packed, ModelMixin) else packed
+    return attach(packed, storage=stored_in(student, storage)) if soft and isinstance(packed, ModelMixin) else packed
 
 
 def harden_layer(layer: CandidateLinear, name: str, codewords: Tensor | None = None) -> VQLinear:

@@ -15,9 +15,9 @@ from vqlib.evaluation.references import reference_of, require_enough
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import require_fitting
 from vqlib.studies.engines import complete, run
-from vqlib.studies.experiments import Method
+from vqlib.studies.experiments import Method, require_stages
 from vqlib.studies.processes import Here
-from vqlib.studies.row_tasks import Evaluated, Made, Measuring
+from vqlib.studies.row_tasks import Evaluated, Made, Measuring, stages_of
 from vqlib.studies.tasks import Lazily, rows_of
 from vqlib.system.memory import device_label
 
@@ -62,8 +62,9 @@ class Ablation:
         return Lazily(lambda: (self.task(setting, seed) for setting in settings for seed in seeds))
 
     def task(self, setting: Setting, seed: int) -> Evaluated:
-        """A row, found by method, model and conditions."""
+        """A row, found by method, model and conditions. ValueError for steps that the model's process has not."""
         made = Made(self._how, setting.method(seed))
+        require_stages(self.pipe, *stages_of(made.method))
         label = f"{setting.group}: {setting.name}, seed {seed}"
         return Evaluated(made, self.images, self.sampling, label=label)
 

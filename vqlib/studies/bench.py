@@ -14,9 +14,9 @@ from vqlib.studies.ablation_settings import HALF
 from vqlib.studies.baselines.baseline import Baseline, FullPrecision, Moments
 from vqlib.studies.baselines.gptq import GPTQ
 from vqlib.studies.baselines.round_to_nearest import RoundToNearest
-from vqlib.studies.experiments import Method, VectorQuantized
+from vqlib.studies.experiments import Method, VectorQuantized, require_stages
 from vqlib.studies.paper_table import FULL_PRECISION, PAPER
-from vqlib.studies.row_tasks import Evaluated, Made, Measuring
+from vqlib.studies.row_tasks import Evaluated, Made, Measuring, stages_of
 from vqlib.studies.table_rows import DISTILLED, Row, TableConfig
 from vqlib.studies.tasks import rows_of
 from vqlib.system.memory import device_label
@@ -44,10 +44,11 @@ class Bench:
         for images in {row.images for row in config.rows()}:
             require_enough(config.reference, images)
         self.config, self.folder, self.pipe = config, Path(folder), pipe or pipeline.load(config.model, device="auto")
-        for row in config.rows():
-            require_fitting(self.pipe, self._sampling(row))
         device = device or device_label(self.pipe.device)
         self.how = Measuring.of(self.pipe, config.reference, device=device, shard=config.shard)
+        for task in self.tasks():
+            require_fitting(self.pipe, task.sampling)
+            require_stages(self.pipe, *stages_of(task.made.method))
 
     def build(self, row: Row) -> Baseline:
         """The row's transformer, made or loaded."""
@@ -64,11 +65,9 @@ class Bench:
     def task(self, row: Row) -> Evaluated:
         """A row, found by method, model and conditions."""
         config = self.config
+        sampling = SamplingConfig(row.steps, config.guidance_scale, batch_size=config.batch_size)
         made = Made(self.how, METHODS[row.method](config, row.bits))
-        return Evaluated(made, row.images, self._sampling(row), config.bootstrap, label=str(row))
-
-    def _sampling(self, row: Row) -> SamplingConfig:
-        return SamplingConfig(row.steps, self.config.guidance_scale, batch_size=self.config.batch_size)
+        return Evaluated(made, row.images, sampling, config.bootstrap, label=str(row))
 
 
 def _codes(table: TableConfig, vq: VQConfig, recipe: str | None = None, distilled: bool = False) -> VectorQuantized:

@@ -88,7 +88,9 @@ def estimate(
     pipe = source if isinstance(source, Pipeline) else None
     geometry = _shape(pipe) if pipe else source
     device = device_of(device or (pipe.device if pipe else "cpu"))
-    _compile(job.vq.replace(layers=(), full_precision=()), device)
+    geometry.sizes(job.vq)  # a pattern that fits no layer is told here
+    for k, d in {(job.vq.k, job.vq.d), *((k, d) for _, k, d in job.vq.layers)}:
+        _compile(job.vq.replace(bits=None, k=k, d=d, layers=(), full_precision=()), device)
     held = _held(device) + (0 if pipe else 4 * geometry.parameters_in_memory)
     probe = _first_blocks(pipe, geometry, device)
     hessians, moments = _moments(probe, job, device)

@@ -157,7 +157,7 @@ def sampled_batches(
     while done < len(labels) and (found := _kept_batch(folder, done)) is not None:
         yield found
         done += len(found)
-    if done == len(labels):
+    if done >= len(labels):  # the last batch may hold more than are asked for now
         return
     for batch in sample_batches(pipe, labels[done:], seeds[done:], sampling, progress=progress):
         write_tensors(folder / f"{done:07}.safetensors", {"images": batch})

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqlib.config import SamplingConfig, VQConfig
+from vqlib.config import CalibrationConfig, SamplingConfig, VQConfig
 from vqlib.evaluation.evaluate import CACHE, evaluate_features, of_size
 from vqlib.evaluation.extractors import KINDS, Extractor, Features
 from vqlib.evaluation.image_sources import BLOCK
@@ -117,10 +117,8 @@ class Made:
         """What is needed where the transformer is made, and then sampled so many images at a time."""
         on_host = self.how.device == "cpu"
         shape, vq = self.how.geometry, getattr(self.method, "vq", VQConfig())
-        trained = getattr(self.method, "how", self.method)  # a rival's training stands in its `Trained`
-        runs = [getattr(trained, name, None) for name in ("calibration", "distillation")]
-        moments = getattr(trained, "moments", None) is not None
-        memory = row_bytes(shape, vq, *runs, moments, batch, on_host) if shape else 0
+        moments = getattr(_trained(self.method), "moments", None) is not None
+        memory = row_bytes(shape, vq, *stages_of(self.method), moments, batch, on_host) if shape else 0
         return Needs(1, 0 if on_host else 1, memory)
 
     def leaves(self) -> tuple[str, ...]:
@@ -144,6 +142,15 @@ class Made:
         start, made = time.monotonic(), self.build(folder)
         sizes = {"bits_per_weight": made.bits_per_weight, "size_bytes": made.size_bytes}
         return sizes | {"calibration_minutes": made.seconds / 60, "minutes": (time.monotonic() - start) / 60}
+
+
+def stages_of(method: Method) -> tuple[CalibrationConfig | None, CalibrationConfig | None]:
+    """A method's calibration and last stage; None where it has none."""
+    return tuple(getattr(_trained(method), name, None) for name in ("calibration", "distillation"))
+
+
+def _trained(method: Method) -> object:
+    return getattr(method, "how", method)  # a rival's training stands in its `Trained`
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors; equal for equal models only."""
-    return digest(sorted(model.state_dict().items()))
+    """SHA-256 over names, types, shapes and bytes of all tensors; equal for equal models only, compiled or not."""
+    return digest(sorted((name.replace("_orig_mod.", ""), tensor) for name, tensor in model.state_dict().items()))
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
