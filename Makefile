@@ -50,7 +50,7 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 notebooks: $(STAMP)  ## execute every notebook with small parameters
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebooks.py -n logical --maxprocesses 8
 
-tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (up to 3 hours on two cores)
+tables: $(STAMP)  ## the main table, methods × bits × steps, resumable (2 to 5 hours on two cores)
 	$(BIN)/python -m vqlib.studies.main_table
 
 bench: $(STAMP)  ## speed as ratios to a peer or a floor, on DiT-XL/2's geometry (assignment wants faiss-cpu and scikit-learn)

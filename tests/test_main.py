@@ -153,7 +153,7 @@ def test_evaluate_says_what_to_expect_where_that_is_known(tmp_path, monkeypatch,
     others = ("--set", "calibration.iterations=2"), ("--distill", "2"), ("--model", "another of its shape")
     for changes, expected in (((), True), *((other, False) for other in others)):
         shell.main(["evaluate", "--preset", "dit-mini-fashion-w2", *changes, "--out", str(tmp_path)])
-        assert ("expected: FD-5k (fashion) 1.28" in capsys.readouterr().out) is expected
+        assert ("expected: FD-5k (fashion) 1.29" in capsys.readouterr().out) is expected
 
 
 def test_a_table_refuses_settings_that_would_not_reach_it(folder, capsys):

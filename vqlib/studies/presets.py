@@ -118,7 +118,7 @@ def _paper(resolution: int, bits: int) -> Preset:
 
 
 def _bundled(bits: int, model: str = BUNDLED, geometry: Geometry = BUNDLED_GEOMETRY) -> Preset:
-    """A bundled model with the paper's settings; `expected` of the first at 2 bits: FD-5k (fashion) 1.28, full precision 0.41."""
+    """A bundled model with the paper's settings; `expected` of the first at 2 bits: FD-5k (fashion) 1.29, full precision 0.41."""
     vq, name = VQConfig(bits=bits, candidates=3), f"{model}-w{bits}"
     job = model, geometry, vq, CalibrationConfig(), SamplingConfig(steps=50, guidance_scale=1.5)
     return Preset(name, *job, images=1000, reference=OF_MODEL[model])
