@@ -24,13 +24,8 @@ POSITIONS = 100  # of the step slider, about
 SMOOTH = (1, 5, 10, 20, 50, 100)
 KIND_COLORS = dict(zip(KINDS.values(), mpl.colormaps["viridis"](np.linspace(0, 0.92, len(KINDS))), strict=True))
 SHARES = {"frozen": "frozen share", "moved": "winner not first"}
-COMPARED = (
-    "run",
-    "iterations",
-    *LOSSES.values(),
-    *SHARES.values(),
-    "minutes",
-)  # columns before the settings that differ
+# Columns of a comparison's table before the settings that differ.
+COMPARED = ("run", "iterations", *LOSSES.values(), *SHARES.values(), "minutes")
 
 
 class RatioView(View):

@@ -192,9 +192,7 @@ def settle_ratios(logits: Tensor, candidates: Tensor, k: int, limit: float | Ten
     used = torch.zeros(k, dtype=torch.float64, device=logits.device)
     for part in _chunks(count, n):
         logs = torch.log_softmax(logits[part].float(), dim=1)
-        ratios = (
-            logits[part].float().softmax(dim=1)
-        )  # bit for bit those of `ratio_limit`; the logarithm's may be others
+        ratios = logits[part].float().softmax(dim=1)  # bit for bit those of `ratio_limit`; logs.exp() may differ
         largest, winner = ratios.max(dim=1, keepdim=True)
         bins = (largest[:, 0] * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
         histogram += torch.zeros_like(histogram).index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))

@@ -56,7 +56,7 @@ class VQLinear(nn.Module):
     ) -> VQLinear:
         """The layer of assignments [N] and codewords [k, d] for a weight of `shape` [out, in].
 
-        The codewords are held and all else is copied, so layers made from one tensor share it. Raises ValueError on sizes that
+        The codewords are held, so that layers made from one tensor share it; all else is copied. Raises ValueError on sizes that
         do not fit together or on an assignment outside 0 … k − 1.
         """
         (out_features, in_features), (k, d) = shape, codewords.shape
