@@ -6,6 +6,7 @@ The loop over blocks, other devices and other models only arrange such steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -174,3 +175,10 @@ def block_steps(model: nn.Module, config: CalibrationConfig) -> tuple[list[Block
         own = [p for p, o in owners.items() if o == {index}]
         steps.append(BlockStep(names[block], block, layers, own, config))
     return steps, BlockOptimizer([p for p, o in owners.items() if len(o) > 1], set(), config)
+
+
+def waiting_codebooks(steps: Iterable[BlockStep], config: CalibrationConfig) -> frozenset[int]:
+    """Codebooks that do not train before all of their layers are settled, by id."""
+    if config.train_codebooks != "frozen":
+        return frozenset()
+    return frozenset(id(m.codebook) for step in steps for name, m in step.layers.items() if not step.settled[name])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqlib import kernels
-from vqlib.calibrator.block import BlockRecord, Moment, Passed, block_steps
+from vqlib.calibrator.block import BlockRecord, Moment, Passed, block_steps, waiting_codebooks
 from vqlib.calibrator.losses import block_loss, distance_weight
 from vqlib.calibrator.optimizers import BlockOptimizer, prepare_parameters
 from vqlib.calibrator.runs import Record, RunFolder
@@ -138,7 +138,7 @@ class Calibration(Iterator[Record]):
     def _step(self) -> Record:
         started = time.perf_counter()
         inputs = self.trajectory.inputs()
-        moment = Moment(self.iteration + 1, self._push_ratios(), self._waiting())
+        moment = Moment(self.iteration + 1, self._push_ratios(), waiting_codebooks(self.blocks, self.config))
         pass_through = self._end_to_end if self.config.block_inputs == "end-to-end" else self._streaming
         with structure.precision(self.config.products, self.pipe.transformer, self.student), self.embedder.working():
             passed = pass_through(inputs, moment)
@@ -208,16 +208,6 @@ class Calibration(Iterator[Record]):
         self.ratio_minimum = min(self.ratio_minimum, value)
         return rising
 
-    def _waiting(self) -> frozenset[int]:
-        """Codebooks that do not train before all of their layers are settled, by id."""
-        if self.config.train_codebooks != "frozen":
-            return frozenset()
-        settled = self._settled()
-        return frozenset(id(layer.codebook) for name, layer in self.layers.items() if not settled[name])
-
-    def _settled(self) -> dict[str, bool]:
-        return {name: flag for step in self.blocks for name, flag in step.settled.items()}
-
     def _settings(self) -> dict[str, Any]:
         """What a run folder belongs to: settings, teacher, pipeline, what codes were asked to be, never their bits."""
         name, layer = next(iter(self.layers.items()))
@@ -233,7 +223,7 @@ class Calibration(Iterator[Record]):
         state |= {f"trajectory.{k}": v for k, v in self.trajectory.state().items()}
         for i, optimizer in enumerate(self.optimizers()):
             state |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state().items()}
-        flags = torch.tensor(list(self._settled().values()))
+        flags = torch.tensor([flag for step in self.blocks for flag in step.settled.values()])
         return state | {"settled": flags, "ratio_minimum": torch.tensor(self.ratio_minimum, dtype=torch.float64)}
 
     def optimizers(self) -> list[BlockOptimizer]:

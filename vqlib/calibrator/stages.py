@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqlib.calibrator.block import BlockStep, Moment, block_steps
+from vqlib.calibrator.block import BlockStep, Moment, block_steps, waiting_codebooks
 from vqlib.calibrator.calibrate import read_back, with_prefix
 from vqlib.calibrator.hessians import SecondMoments
 from vqlib.calibrator.optimizers import prepare_parameters
@@ -115,7 +115,8 @@ class Stage:
     def learn(self, iteration: int) -> StageRecord:
         """One step of every own block's student on the batch that `forward` saw."""
         choosing = any(layer.logits is not None for layer in self.layers.values())
-        moment = Moment(iteration, choosing and self.config.ratio_loss_when == "always", self._waiting())
+        push = choosing and self.config.ratio_loss_when == "always"
+        moment = Moment(iteration, push, waiting_codebooks(self.steps.values(), self.config))
         with structure.precision(self.config.products, *self.models), self.embedder.working():
             records = [
                 step.step((args, kwargs), output, moment)
@@ -151,12 +152,6 @@ class Stage:
         state = {f"student.{n}.{k}": v for n, layer in step.layers.items() for k, v in layer.state_dict().items()}
         state |= {f"optimizer.{key}": value for key, value in step.optimizer.state().items()}
         return state | {"settled": torch.tensor(list(step.settled.values()))}
-
-    def _waiting(self) -> frozenset[int]:
-        if self.config.train_codebooks != "frozen":
-            return frozenset()
-        settled = {name: flag for step in self.steps.values() for name, flag in step.settled.items()}
-        return frozenset(id(layer.codebook) for name, layer in self.layers.items() if not settled[name])
 
 
 def block_file(folder: Path, block: int, iteration: int) -> Path:
