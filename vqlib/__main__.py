@@ -140,7 +140,7 @@ def sample_job(job: Preset, options: argparse.Namespace) -> None:
         device_label(pipe.device),
     )
     unfinished, path = options.out / "unfinished" / content_key(*made_of), options.out / "samples.npz"
-    labels = class_labels(pipe, job.images)
+    labels = class_labels(len(pipe.class_names), job.images)
     images = torch.cat([*sampled_batches(packed, labels, range(job.images), job.sampling, unfinished, progress=True)])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=images[: job.images].permute(0, 2, 3, 1).numpy())  # [N, C, H, W] -> [N, H, W, C]

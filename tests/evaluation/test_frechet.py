@@ -12,6 +12,7 @@ from vqlib.evaluation.frechet import (
     bootstrap_interval,
     frechet_distance,
     frechet_from_statistics,
+    replicates,
 )
 
 
@@ -100,3 +101,36 @@ def test_bootstrap_interval_is_seeded_and_as_wide_as_new_samples_scatter():
     assert np.median(widths) / (2 * 1.96) == pytest.approx(np.std(distances), rel=0.35)
     with pytest.raises(ValueError, match="bootstrap=1 resamples"):
         bootstrap_interval(draws[0], real.mean, real.covariance, 1.0, 1)
+
+
+def test_resampling_within_classes_is_as_wide_as_new_samples_of_the_same_classes_scatter():
+    """Classes far apart: over all images the shares of the classes would move, which no other seed moves."""
+    real = FeatureStatistics().update(features(4000, d=4, seed=99_000))
+    labels = torch.arange(400) % 10
+    between = 10.0 * features(10, d=4, seed=98_000)[labels]
+    draws = [features(400, d=4, seed=s) + between for s in range(1, 41)]
+    distances = [frechet_distance(x, features(4000, d=4, seed=99_000)) for x in draws]
+
+    def width(i, labels):
+        low, high = bootstrap_interval(draws[i], real.mean, real.covariance, distances[i], 60, labels=labels)
+        return (high - low) / (2 * 1.96)
+
+    scatter = np.std(distances)
+    assert np.median([width(i, labels) for i in range(5)]) == pytest.approx(scatter, rel=0.35)
+    assert np.median([width(i, None) for i in range(5)]) > 3 * scatter
+
+
+def test_few_images_a_class_scatter_as_many_do():
+    """n − 1 draws that weigh n / (n − 1): with two a class n draws would halve the variance. One a class: over all of them."""
+    real = FeatureStatistics().update(features(4000, d=2, seed=99_000))
+    x = features(200, d=2, seed=1, shift=2.0)
+
+    def spread(labels):
+        return replicates(x, real.mean, real.covariance, 200, labels=labels).std().item()
+
+    plain = spread(None)
+    assert spread(torch.arange(200) % 100) == pytest.approx(plain, rel=0.25)
+    assert spread(torch.tensor([*range(199), 198])) == plain  # somewhere a single image
+    assert spread(7 + 5 * (torch.arange(200) % 2)) == spread(
+        torch.arange(200) % 2
+    )  # what classes are called is nothing

@@ -166,6 +166,9 @@ def test_names_whose_order_hangs_on_capitals_are_refused_where_it_counts(tmp_pat
     assert [path.name for path in image_files(tmp_path)] == ["C2.png", "b1.png"]
     with pytest.raises(ValueError, match="C2.png and .*b1.png are in another order without capitals"):
         image_files(tmp_path, ordered=True)
+    (tmp_path / "C2.png").rename(tmp_path / "B1.png")
+    with pytest.raises(ValueError, match="B1.png and .*b1.png are in another order without capitals"):
+        image_files(tmp_path, ordered=True)
 
 
 @pytest.mark.parametrize("name", ["x²3.png", "٣.png"])

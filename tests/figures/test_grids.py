@@ -92,3 +92,20 @@ def test_bad_rows_are_refused_with_their_numbers():
         image_grid({"a": images()}, ["x", "y"])
     with pytest.raises(ValueError, match="no rows"):
         image_grid({})
+
+
+def test_labels_may_be_empty_and_names_must_differ():
+    image_grid({"": images(), "b": images()}, ["", "bag", ""])
+    for names in (("a", "a"), ("a", "difference")):
+        with pytest.raises(ValueError, match=f"rows are named a, {names[1]} and difference: three different names"):
+            difference_map(images(), images(seed=1), names)
+    with pytest.raises(ValueError, match=r"row 'a' is \(0, 1, 32, 32\): there is no image to show"):
+        image_grid({"a": images()[:0]})
+
+
+def test_the_end_of_the_bar_is_the_largest_difference():
+    first = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    second = first.clone()
+    second[0, :, 3, 3] = torch.tensor([1, 1, 2])
+    figure = difference_map(first, second, ("a", "b"))
+    assert "1.33" in [label.get_text() for axis in figure.axes for label in axis.get_xticklabels()]

@@ -92,3 +92,8 @@ def test_groups_follow_their_rows_through_a_sort():
 def test_two_columns_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two columns are called 'fd'"):
         markdown(pd.DataFrame([[1, 2]], columns=["fd", "fd"]))
+
+
+def test_what_a_row_begins_with_is_no_argument_of_the_rule_before_it():
+    lines = latex(pd.DataFrame({"a": ["[x]", "*y", "z"], "b": [1, 2, 3]})).splitlines()
+    assert [line for line in lines if line.endswith(r"\\")][1:] == [r"{}[x] & 1 \\", r"{}*y & 2 \\", r"z & 3 \\"]

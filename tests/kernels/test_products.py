@@ -92,17 +92,3 @@ def test_the_precision_ends_with_its_block():
             assert torch.equal(linear(x, weight, bias), exact)
         raise KeyError
     assert torch.equal(linear(x, weight, bias), exact)
-
-
-@pytest.mark.parametrize("products, allowed", [("float32", False), ("tf32", True), ("bfloat16", False)])
-@pytest.mark.parametrize("before", [(True, False), (False, True)])
-def test_tf32_is_what_was_asked_for_whatever_torch_is_set_to(products, allowed, before):
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    found = matmul.allow_tf32, convolution.allow_tf32
-    try:
-        matmul.allow_tf32, convolution.allow_tf32 = before
-        with products_in(products, CPU):
-            assert (matmul.allow_tf32, convolution.allow_tf32) == (allowed, allowed)
-        assert (matmul.allow_tf32, convolution.allow_tf32) == before
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = found

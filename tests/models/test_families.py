@@ -99,6 +99,14 @@ def test_conditions_guidance_and_seeds_change_the_image(pipe):
         assert not torch.equal(first, other)
 
 
+def test_pixart_of_1024_pixels_is_told_the_size_where_its_config_leaves_that_to_the_class():
+    pipe = families.pixart()
+    sizes = {"sample_size": 128, "attention_head_dim": 24, "cross_attention_dim": 48, "use_additional_conditions": None}
+    pipe = replace(pipe, transformer=type(pipe.transformer)(**dict(pipe.transformer.config) | sizes).eval())
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1])
+    assert pipe.output(x, t, labels, 1.0).isfinite().all()
+
+
 def test_guidance_is_an_input_of_flux_and_doubles_the_others(pipe):
     rows = []
     pipe.transformer.register_forward_pre_hook(

@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import families
 import pytest
 import tiny
 import torch
@@ -115,6 +116,13 @@ SCHEDULER, TRANSFORMER, VAE = ("scheduler/scheduler_config.json", "transformer/c
 def test_what_a_folder_says_of_its_model_is_heeded_or_refused_by_name(folder, tmp_path, part, setting, message):
     with pytest.raises(ValueError, match=message):
         vqlib.load(changed(folder, tmp_path / "copy", part, **setting))
+
+
+def test_a_dit_that_leaves_its_outputs_channels_unsaid_has_as_many_as_it_takes():
+    plain = families.plain_dit()
+    unsaid = type(plain.transformer)(**dict(plain.transformer.config) | {"out_channels": None}).eval()
+    pipe = replace(plain, transformer=unsaid)
+    assert pipe.output(torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1]), 1.0).shape == (2, 4, 8, 8)
 
 
 def test_the_hubs_older_class_name_of_a_dit_is_loaded(folder, tmp_path):

@@ -1,11 +1,19 @@
 """Processes against diffusers' own schedulers on the same outputs and the same noise; what a scheduler's config says."""
 
 import math
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from vqlib.models.ddpm import NoiseSchedule
 from vqlib.models.flow import FlowMatching
@@ -155,12 +163,30 @@ def test_zero_terminal_snr_leaves_nothing_of_the_signal_and_keeps_the_first_step
 
 @pytest.mark.parametrize("kind", [*DDPM, *DDIM])
 def test_what_a_config_leaves_unsaid_is_what_diffusers_class_has(kind):
-    config = {"_class_name": kind} | BETAS | ({"set_alpha_to_one": True} if kind == "PNDMScheduler" else {})
+    own = {"set_alpha_to_one": True, "skip_prk_steps": True} if kind == "PNDMScheduler" else {}
+    config = {"_class_name": kind} | BETAS | own
     theirs = getattr(diffusers, kind).from_config(config)
     theirs.set_timesteps(10)
-    process = process_of("it", config, learned=False, tokens=16).respace(10)
-    assert process.timesteps[-1] == theirs.timesteps[0]  # 900 of "leading", 999 of "linspace"
-    assert process.spacing == theirs.config.get("timestep_spacing", "linspace")
+    process = process_of("it", config, learned=False, tokens=16)
+    times = sorted({round(float(t)) for t in theirs.timesteps})  # PNDM takes one of them twice
+    assert process.respace(10).timesteps.tolist() == times
+    assert process.spacing.removesuffix(" above 0") == theirs.config.get("timestep_spacing", "linspace")
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DPMSolverSinglestepScheduler])
+def test_a_solver_of_first_order_takes_ddims_steps_at_its_own_timesteps(kind, spacing):
+    settings = {"solver_order": 1} | ({} if kind is DPMSolverSinglestepScheduler else {"timestep_spacing": spacing})
+    settings |= {"disable_corrector": list(range(10))} if kind is UniPCMultistepScheduler else {}
+    scheduler = kind.from_config(BETAS | settings)
+    scheduler.set_timesteps(10)
+    process = process_of("it", dict(scheduler.config) | {"_class_name": kind.__name__}, learned=False, tokens=16)
+    x, noises = start(10)
+    (image, times), (expected, expected_times) = ours(process, 10, x, noises), theirs(scheduler, x, noises)
+    assert times == expected_times
+    torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="steps=1000 of spacing 'l.* above 0' meet a timestep of 1000 twice"):
+        replace(process, spacing=f"{spacing if spacing != 'trailing' else 'leading'} above 0").respace(1000)
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,9 @@ FORGERIES = {  # what is done to tensors, manifest and config; what the message 
     "other format": (lambda t, m, c: m.update(format=2), "format 2; this version reads format 1"),
     "endless layers": (lambda t, m, c: c.update(num_layers=10**6), "num_layers: 1000000 cannot be right"),
     "huge table": (lambda t, m, c: c.update(sample_size=100_000), "sample_size: 100000 asks for a position table"),
+    "table of a float": (lambda t, m, c: c.update(sample_size=9000.0), "sample_size: 9000.0 is no size"),
+    "negative table": (lambda t, m, c: c.update(sample_size=-6000), "sample_size: -6000 is no size"),
+    "layers in a list": (lambda t, m, c: c.update(layers=[1, [10**6]]), "layers: 1000000 cannot be right"),
     "huge number": (lambda t, m, c: c.update(attention_head_dim=10**12), "attention_head_dim: 1000000000000"),
     "no model": (lambda t, m, c: c.update(_class_name="DDPMScheduler"), "'DDPMScheduler' is not a diffusers model"),
     "other model": (lambda t, m, c: c.update(_class_name="PixArtTransformer2DModel"), "PixArtTransformer2DModel"),
@@ -285,3 +288,13 @@ def test_another_process_loads_bit_equal(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "packed", tmp_path / "out.pt"], check=True)
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), forward(model))
+
+
+def test_a_file_from_before_its_class_had_a_setting_loads(tmp_path):
+    model = pack(tiny_dit())
+    save(model, tmp_path / "packed")
+    forge(tmp_path / "packed", lambda t, m, c: c.pop("norm_eps"))
+    assert same(load_transformer(tmp_path / "packed"), model)
+    forge(tmp_path / "packed", lambda t, m, c: None)
+    with pytest.raises(CheckpointError, match="config.json is not the one that was saved"):
+        type(tiny_dit()).from_pretrained(tmp_path / "packed", norm_elementwise_affine=True)

@@ -9,6 +9,7 @@ import torch
 
 from tests.fuzz_checkpoint import pack, tiny_dit
 from vqlib import load_transformer, sample, save
+from vqlib.config import SamplingConfig
 from vqlib.models.modulation import cached_modulation
 from vqlib.packed.checkpoint import attach
 from vqlib.packed.diffusers_backend import packed_layers
@@ -220,3 +221,12 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     folder = save(model(), "~/packed")
     assert folder == tmp_path / "home" / "packed" and not (tmp_path / "~").exists()
     assert len(packed_layers(load_transformer("~/packed"))) == 14
+
+
+def test_rows_of_one_precision_do_not_answer_for_another():
+    pipe = tiny.pipeline()
+    config = SamplingConfig(steps=3, guidance_scale=1.5)
+    images = {name: sample(pipe, range(4), range(4), config.replace(products=name)) for name in ("bfloat16", "float32")}
+    with cached_modulation(pipe.transformer):
+        for name in (*images, *images):
+            assert torch.equal(sample(pipe, range(4), range(4), config.replace(products=name)), images[name])

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.config import CalibrationConfig, VQConfig
@@ -108,6 +109,18 @@ def test_a_pattern_that_fits_no_layer_is_named():
     for config in ({"layers": (("*to_qq", 8, 2),)}, {"full_precision": ("*to_qq",)}):
         with pytest.raises(ValueError, match=r"pattern '\*to_qq' fits none of the 14 layers, transformer_blocks.0"):
             quantize(tiny.transformer(), VQConfig(k=16, d=4, **config))
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_layers_of_a_module_that_does_not_call_them_are_refused_by_name(kind):
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"inner": kind(32, 2), "up": nn.Linear(32, 32)}) for _ in range(2))
+    with pytest.raises(
+        ValueError, match=rf"blocks.0.inner.* is part of blocks.0.inner, a {kind.__name__}, which reads"
+    ):
+        quantize(model, VQConfig(k=16, d=4))
+    student = quantize(model, VQConfig(k=16, d=4, full_precision=("*.inner.*",)))
+    assert list(soft_layers(student)) == ["blocks.0.up", "blocks.1.up"]
 
 
 def test_a_rule_that_does_not_fit_a_layer_names_it():

@@ -8,6 +8,7 @@ import torch
 
 from vqlib.config import SamplingConfig
 from vqlib.evaluation.frechet import bootstrap_interval, frechet_from_statistics, interval, replicates
+from vqlib.evaluation.references import load_reference
 from vqlib.studies import compared
 from vqlib.studies.baselines.baseline import FullPrecision
 from vqlib.studies.compared import Compared
@@ -19,12 +20,12 @@ from vqlib.studies.row_tasks import Evaluated, Made, Measuring
 def test_replicates_of_two_rows_pair(tmp_path):
     """What moves both rows alike falls out of their difference: its interval is far narrower than either's own."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 6, generator=generator)
+    x = torch.randn(400, 6, generator=generator) + 1.0
     mean, covariance = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
-    other = x + 0.02 * torch.randn(400, 6, generator=generator) + 0.1
+    other = x + 0.02 * torch.randn(400, 6, generator=generator) + 0.05
     a, b = (replicates(rows, mean, covariance, 60) for rows in (x, other))
     (low, high), (own_low, own_high) = interval(0.0, b - a), interval(0.0, b)
-    assert high - low < 0.7 * (own_high - own_low)
+    assert high - low < 0.3 * (own_high - own_low)
     assert torch.equal(a, replicates(x, mean, covariance, 60)) and not torch.equal(
         a, replicates(x, mean, covariance, 60, seed=1)
     )
@@ -67,7 +68,11 @@ def test_replicates_are_drawn_once_and_belong_to_their_row(tmp_path, monkeypatch
     complete(run(tmp_path, [task for own in tasks.values() for task in own], Here()))
     found = Compared.of(tmp_path, tasks, resamples=5).found
     assert len(found[1]) == 5 and not torch.equal(found[1], found[2])
+    task, real = tasks[1][0], load_reference("fashion-mnist-test")
+    labels = torch.arange(140) % len(pipe.class_names)  # images are drawn within the class they were asked for
+    expected = replicates(task.features(tmp_path), real.mean, real.covariance, 5, labels=labels)
+    assert torch.equal(found[1], expected)
     assert len(Compared.of(tmp_path, tasks, resamples=4).found[1]) == 4
-    monkeypatch.setattr(compared, "replicates", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(compared, "replicates", lambda *_, **__: pytest.fail("drawn again"))
     again = Compared.of(tmp_path, tasks, resamples=5).found
     assert all(torch.equal(again[steps], found[steps]) for steps in tasks)

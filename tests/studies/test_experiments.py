@@ -5,6 +5,7 @@ import dataclasses
 import weakref
 
 import families
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from vqlib.evaluation.extractors import Extractor, load_extractor
 from vqlib.evaluation.references import STORED, load_reference
 from vqlib.models.sampling import sample
 from vqlib.studies import experiments
+from vqlib.studies.sources import Source
 from vqlib.system.fingerprint import fingerprint
 
 SAMPLING = SamplingConfig(steps=2, batch_size=50)
@@ -76,7 +78,7 @@ def test_kept_batches_are_the_samplers_and_a_damaged_one_is_made_again(tmp_path,
 
 
 def test_classes_come_in_turn():
-    assert experiments.class_labels(tiny.pipeline(), 12) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert experiments.class_labels(10, 12) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
 def test_second_moments_are_let_go_before_training(tmp_path, monkeypatch):
@@ -157,3 +159,23 @@ def test_a_row_is_computed_again_for_another_process(tmp_path, sampled):
     other = dataclasses.replace(pipe, schedule=dataclasses.replace(pipe.schedule, spacing="trailing"))
     rows = [experiments.measure(p, p.transformer, 140, tmp_path, SAMPLING, REFERENCE) for p in (pipe, other, pipe)]
     assert sampled == [140, 140] and rows[0] == rows[2] and rows[0].fd != rows[1].fd
+
+
+def test_a_row_is_computed_again_for_another_scale_of_the_latents(tmp_path, sampled):
+    pipe, vae = tiny.pipeline(), tiny.vae()
+    vae.register_to_config(scaling_factor=0.01)
+    other = dataclasses.replace(pipe, vae=vae)
+    rows = [experiments.measure(p, p.transformer, 140, tmp_path, SAMPLING, REFERENCE) for p in (pipe, other, pipe)]
+    assert sampled == [140, 140] and rows[0] == rows[2] and rows[0].fd != rows[1].fd
+    assert Source.of(pipe) != Source.of(other)
+
+
+def test_numpys_numbers_find_the_rows_of_pythons(tmp_path, sampled):
+    pipe = tiny.pipeline()
+    row = experiments.measure(pipe, pipe.transformer, 140, tmp_path, SAMPLING, REFERENCE)
+    assert experiments.measure(pipe, pipe.transformer, np.int64(140), tmp_path, SAMPLING, REFERENCE) == row
+    assert sampled == [140]
+    method = experiments.VectorQuantized(VQConfig(), None, np.int64(1))
+    assert method == experiments.VectorQuantized(VQConfig(), None, 1) and type(method.seed) is int
+    with pytest.raises(ValueError, match="seed=True is not an integer"):
+        experiments.VectorQuantized(VQConfig(), None, True)

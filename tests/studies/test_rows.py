@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -77,3 +78,10 @@ def test_a_row_that_another_process_makes_is_left_to_it(rows):
     rows.folder.mkdir()
     with FileLock(rows.path(A(2)).with_suffix(".lock")):
         assert rows.make(lambda folder: pytest.fail("made twice"), A(2)) is False
+
+
+def test_numpys_numbers_are_pythons_and_what_is_no_json_is_told(rows):
+    assert rows.make(lambda folder: {"fd": 0.1}, A(np.int64(2)), np.float64(0.5))
+    assert rows.read(A(2), 0.5) == {"fd": 0.1}
+    with pytest.raises(TypeError, match="set is not JSON serializable"):
+        rows.read(A(2), {0.5})

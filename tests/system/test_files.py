@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,3 +35,20 @@ def test_a_tilde_is_the_home_folder_and_a_link_stays_a_link(tmp_path, monkeypatc
     link.symlink_to(tmp_path / "deep" / "t.csv")
     write_bytes(link, b"2")
     assert link.is_symlink() and (tmp_path / "deep" / "t.csv").read_bytes() == b"2"
+
+
+FULL = """
+import errno, resource, sys, torch
+from vqlib.system.files import write_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_tensors(sys.argv[1], {"a": torch.zeros(4000)})
+except OSError as error:
+    assert error.errno == errno.EFBIG and error.filename == sys.argv[1], error
+    print("refused")
+"""
+
+
+def test_tensors_that_the_disk_refuses_are_an_os_error_with_its_number(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "t")], capture_output=True, text=True)
+    assert done.stdout == "refused\n" and not list(tmp_path.iterdir()), done.stderr

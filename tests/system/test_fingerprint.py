@@ -1,7 +1,7 @@
 import tiny
 import torch
 
-from vqlib.system.fingerprint import digest, fingerprint
+from vqlib.system.fingerprint import digest, fingerprint, settings_of
 
 
 def test_equal_models_have_equal_fingerprints_and_others_do_not():
@@ -25,3 +25,17 @@ def test_name_shape_dtype_and_text_count():
     assert digest([("a", torch.zeros(2, 2).t())]) == digest([("a", torch.zeros(2, 2))]), (
         "layout in memory does not count"
     )
+
+
+def test_settings_that_stand_in_no_tensor_count_and_defaults_do_not():
+    a, b = tiny.transformer(), tiny.transformer()
+    heads = type(a)(**dict(a.config) | {"num_attention_heads": 4, "attention_head_dim": 8}).eval()
+    heads.load_state_dict(a.state_dict())
+    assert fingerprint(heads) != fingerprint(a)
+    vae = tiny.vae()
+    before = fingerprint(vae)
+    vae.register_to_config(scaling_factor=0.5)
+    assert fingerprint(vae) != before
+    assert "norm_eps" in a.config and "norm_eps" not in settings_of(a)
+    b.register_to_config(_name_or_path="elsewhere", option_of_a_later_version=False)
+    assert fingerprint(b) == fingerprint(a)

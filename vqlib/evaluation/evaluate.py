@@ -113,10 +113,10 @@ def evaluate(
     `images`: uint8 tensor [N, C, H, W], NumPy array [N, H, W, C], Dataset, iterator of batches, folder, or `.npz`.
     `reference`: a name, a stored file, ADM's `.npz`, a folder or other images (name the extractor), or a Reference.
     `labels`: the N classes asked for. `count`: how many images there must be. `bootstrap`: resamples for FD's interval,
-    drawn with `seed`. `cache`: folder of features by the images' content, None for none. `device`: where an extractor
+    drawn with `seed`, within the classes where labels are given. `cache`: folder of features by the images' content, None for none. `device`: where an extractor
     that is loaded here runs, by default where a tensor of images is, else the CPU.
     Memory does not grow with N, but for the logits and, where Precision, Recall or the bootstrap need them, D numbers
-    in half precision an image. Accuracy is judged by the extractors that know the classes: the bundled classifiers.
+    in half precision an image; the bootstrap makes three copies of these in double precision. Accuracy is judged by the extractors that know the classes: the bundled classifiers.
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
     start = time.monotonic()
@@ -129,7 +129,7 @@ def evaluate(
     reference, extractor = resolve(reference, extractor, precision_recall, cache, progress, device)
     dimensions = extractor.kind.dimensions
     _require_known(labels, extractor)
-    if total is not None:
+    if total:  # of none it is told below where they were looked for
         check_counts(total, reference.count, dimensions, allow_few)
     stream = extractor.stream(of_size(images, reference, labels is not None), cache, progress, total)
     options = {"precision_recall": precision_recall, "bootstrap": bootstrap, "seed": seed, "allow_few": allow_few}
@@ -158,7 +158,8 @@ def evaluate_features(
     fd = frechet_from_statistics(found.pool.mean, found.pool.covariance, reference.mean, reference.covariance)
     low, high = None, None
     if bootstrap:
-        low, high = bootstrap_interval(found.features, reference.mean, reference.covariance, fd, bootstrap, seed)
+        real = reference.mean, reference.covariance
+        low, high = bootstrap_interval(found.features, *real, fd, bootstrap, seed, labels)
     precision, recall = None, None
     if precision_recall and reference.features is not None:
         where = next(extractor.module.parameters()).device  # all pairs of images: a GPU's work where there is one

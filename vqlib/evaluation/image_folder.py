@@ -45,7 +45,7 @@ def image_files(folder: Path, ordered: bool = False) -> list[Path]:
     for a, b in zip(files, files[1:], strict=False) if ordered else ():
         if keys[a] == keys[b]:
             raise ValueError(f"{a} and {b} have one number: the order in which labels belong to them is not known")
-        if _folded(keys[a]) > _folded(keys[b]):
+        if _folded(keys[a]) >= _folded(keys[b]):
             raise ValueError(f"{a} and {b} are in another order without capitals: which one labels follow is not known")
     return files
 

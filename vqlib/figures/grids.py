@@ -41,6 +41,8 @@ def difference_map(
     title: str | None = None,
 ) -> Figure:
     """Two rows of uint8 images [B, C, H, W] and below them |difference|, the mean over channels, in pixel values."""
+    if len({*names, "difference"}) < 3:
+        raise ValueError(f"rows are named {', '.join(names)} and difference: three different names are needed")
     images = _checked(dict(zip(names, (reference, other), strict=True)), columns)
     first, second = (row.float() for row in images.values())
     gap = (first - second).abs().mean(dim=1, keepdim=True)  # [B, C, H, W] -> [B, 1, H, W]
@@ -59,6 +61,8 @@ def _checked(rows: Mapping[str, Tensor], columns: Sequence[str] | None) -> dict[
     for name, row in images.items():
         if row.ndim != 4 or row.shape[1] not in (1, 3) or "uint8" not in str(row.dtype):
             raise ValueError(f"row {name!r} is {row.dtype} {tuple(row.shape)}; images are uint8 [B, 1 or 3, H, W]")
+        if not row.numel():
+            raise ValueError(f"row {name!r} is {tuple(row.shape)}: there is no image to show")
         if row.shape != first.shape:
             raise ValueError(f"row {name!r} is {tuple(row.shape)} but row {first_name!r} is {tuple(first.shape)}")
     if columns is not None and len(columns) != len(first):
@@ -143,6 +147,8 @@ def _inches(text: str, size: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _width(text: str, size: float, fonts: tuple[str, ...]) -> float:
+    if not text.strip():
+        return 0.0
     return TextPath((0, 0), text, size=size, prop=FontProperties(family=list(fonts))).get_extents().width / 72
 
 
@@ -177,7 +183,7 @@ def _label_rows(axis, labels: dict[str, list[str]], gap: int, size: float, left:
 def _color_bar(figure: Figure, box: tuple[float, ...], top: float, label: str, size: float) -> None:
     axis = figure.add_axes(box)
     axis.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto", extent=(0, top, 0, 1))
-    axis.set(yticks=[], xticks=[0, top], xticklabels=["0", f"{top:.0f}"])
+    axis.set(yticks=[], xticks=[0, top], xticklabels=["0", f"{top:.3g}"])
     axis.tick_params(length=0, pad=1.5, labelsize=size)
     axis.spines[:].set_visible(False)
     axis.grid(False)

@@ -42,7 +42,8 @@ def latex(df: pd.DataFrame, caption: str = "", label: str = "", wide: bool = Fal
     place = {"position": "t", "position_float": "centering", "environment": "table*" if wide else "table"}
     text = styled.to_latex(column_format=align, hrules=True, caption=escape(caption), label=label or None, **place)
     head, rule, body = text.partition("\\midrule\n")
-    rows = body.splitlines(keepends=True)
+    # What a row begins with is never taken for an argument of the \\ or the rule before it, as [ and * would be.
+    rows = [f"{{}}{line}" if line[:1] in ("[", "*") else line for line in body.splitlines(keepends=True)]
     for i in reversed(range(1, len(groups))):
         if groups[i] != groups[i - 1]:
             rows.insert(i, rule)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -41,20 +41,61 @@ def products_in(name: str, device: torch.device) -> Iterator[None]:
 
     "float32": all bits; "tf32": factors rounded to 10 bits of mantissa where the device has such products (NVIDIA, from
     the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are. TF32 is
-    a switch of the whole process: let no two threads ask for different products at once. ValueError for another name.
+    a switch of the whole process, as is what torch's `set_float32_matmul_precision` and `fp32_precision` have said: let no two
+    threads ask for different products at once. ValueError for another name.
     """
     if name not in PRODUCTS:
         raise ValueError(f"products {name!r} are not one of {', '.join(PRODUCTS)}")
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = name == "tf32"
-    try:
+    with _float32_as("tf32" if name == "tf32" else "ieee"):
         half = name == "bfloat16"
         asked = half or torch.is_autocast_enabled(device.type)  # by a caller, against what `name` says
         with torch.autocast(device.type, torch.bfloat16, enabled=half) if asked else nullcontext():
             yield
+
+
+@contextmanager
+def _float32_as(precision: str) -> Iterator[None]:
+    """Factors of float32 products on GPUs in "tf32" or, like those of oneDNN on CPUs anyway, in full: "ieee".
+
+    torch keeps this in switches of two generations and raises RuntimeError where the older are read and disagree with the newer:
+    both are set, the older first, and both are given back as they were found.
+    """
+    backends = torch.backends
+    gpu, cpu = (
+        (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        (backends.mkldnn.matmul, backends.mkldnn.conv),
+    )
+    before = [(switch, switch.fp32_precision) for switch in (*gpu, *cpu)]
+    older = _older()
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = precision == "tf32"
+    for switch in (*gpu, *cpu):
+        switch.fp32_precision = "ieee" if switch in cpu else precision
+    try:
+        yield
     finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+        matmul, convolution = older
+        torch.set_float32_matmul_precision(matmul)
+        backends.cudnn.allow_tf32 = convolution
+        for switch, found in before:
+            switch.fp32_precision = found
+
+
+def _older() -> tuple[str, bool]:
+    """The older switches, of matrix products and of convolutions; torch's own defaults where the newer say something else."""
+    matmul, convolution = "highest", True
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolution = torch.backends.cudnn.allow_tf32
+    return matmul, convolution
+
+
+def products_now(device: torch.device) -> tuple:
+    """What tells products on `device` that are made now from those of another precision."""
+    if torch.is_autocast_enabled(device.type):
+        return (torch.get_autocast_dtype(device.type),)
+    backends = torch.backends
+    return ((backends.cuda if device.type == "cuda" else backends.mkldnn).matmul.fp32_precision,)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class DiT(Denoiser):
         config = getattr(transformer, "config", None)
         if config is None:
             raise ValueError(f"{name}: a {type(transformer).__name__} has no config: it is no DiT of diffusers'")
-        known, channels, out = config.num_embeds_ada_norm, config.in_channels, config.out_channels
+        known, channels, out = config.num_embeds_ada_norm, config.in_channels, config.out_channels or config.in_channels
         if out not in (channels, 2 * channels):
             raise ValueError(f"{name}: out_channels {out} for in_channels {channels}; need as many, or twice as many")
         if conditions != known:

@@ -15,7 +15,7 @@ from vqlib.system.settings import as_integer
 
 VARIANCES = ("learned", "small", "large", "none")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("linspace", "leading", "trailing")
+SPACINGS = ("linspace", "leading", "trailing", "linspace above 0", "leading above 0")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class NoiseSchedule:
     betas: float64 [S], variance added by each step; timesteps: int64 [S], the time the model is told (0 … T−1). `variance` of a
     reverse step: "learned" by the model, "small" (the posterior's β̃), "large" (β), or "none": DDIM's step, without noise.
     `prediction`: what the model's output is, the noise ε, v = √ᾱ ε − √(1 − ᾱ) x_0, or x_0. `spacing` of fewer steps:
-    "linspace" from first to last, "leading" every (T // steps)th from `offset` on, "trailing" backwards from the last.
+    "linspace" from first to last, "leading" every (T // steps)th from `offset` on, "trailing" backwards from the last; "above 0":
+    of one step more, the lowest left out, as solvers have it whose last step leads from there to x_0.
     """
 
     betas: Tensor
@@ -81,13 +82,17 @@ class NoiseSchedule:
 
     def _kept(self, steps: int) -> list[int]:
         total = len(self)
-        if self.spacing == "leading":
-            kept = [i * (total // steps) + self.offset for i in range(steps)]
+        above = int(self.spacing.endswith("above 0"))
+        visited = range(above, steps + above)
+        if self.spacing.startswith("leading"):
+            kept = [i * (total // (steps + above)) + self.offset for i in visited]
         elif self.spacing == "trailing":
-            kept = [round(total - i * total / steps) - 1 for i in reversed(range(steps))]
+            kept = [round(total - i * total / steps) - 1 for i in reversed(visited)]
         else:
-            stride = (total - 1) / (steps - 1) if steps > 1 else 0.0
-            kept = [round(i * stride) for i in range(steps)]
+            stride = (total - 1) / (steps - 1 + above) if steps + above > 1 else 0.0
+            kept = [round(i * stride) for i in visited]
+        if len(set(kept)) < steps:
+            raise ValueError(f"steps={steps} of spacing {self.spacing!r} meet a timestep of {total} twice: take fewer")
         if kept[-1] >= total:
             raise ValueError(
                 f"steps={steps} from {self.offset} on end at {kept[-1]}, after the last of {total} timesteps"

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
+from vqlib.kernels.products import products_now
 from vqlib.system.memory import sent
 
 # Matrix products of 1 … 3 rows take other kernels on the CPU, which round differently (see `sampling`).
@@ -23,7 +24,7 @@ class _PerThread(threading.local):
         self.current: Tensor | None = None  # row of each image of the forward that is running
         self.missing: list[int] = []  # an image of it for each new pair
         self.known: dict[tuple[float, int], int] = {}
-        self.kind: tuple[torch.device, torch.dtype] | None = None
+        self.kind: tuple | None = None  # device and type of what is held, and how its products were made
         self.held: dict[int, Tensor] = {}  # table -> [rows, width]
 
 
@@ -58,8 +59,9 @@ class ModulationCache:
         if timestep is None or labels is None or timestep.shape != labels.shape or module.training:
             return
         cut_off = any(len(held) != self.rows for held in own.held.values())  # the forward before was, by an exception
-        if cut_off or len(own.held) not in (0, len(self.tables)) or own.kind != (x.device, x.dtype):
-            own.kind, own.known, own.held = (x.device, x.dtype), {}, {}
+        kind = x.device, x.dtype, products_now(x.device)
+        if cut_off or len(own.held) not in (0, len(self.tables)) or own.kind != kind:
+            own.kind, own.known, own.held = kind, {}, {}
         wide = torch.promote_types(timestep.dtype, torch.float32)  # exact for classes below 2^24
         pairs = list(map(tuple, torch.stack([timestep.to(wide), labels.to(wide)], dim=1).tolist()))  # the only wait
         new = {pair: image for image, pair in reversed(list(enumerate(pairs))) if pair not in own.known}

@@ -19,9 +19,10 @@ from vqlib.models.process import Process
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
+SOLVERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 DDIM = (  # whose betas are a DDPM's; solvers of the same equation, all sampled by DDIM's step, the one of first order
     *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *SOLVERS,
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
 )
 EVEN = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None))
@@ -76,12 +77,13 @@ def process_of(source: str, config: dict, learned: bool, tokens: int, ends_at_mi
         schedule = _betas(source, config)
         if learned:
             return schedule
+        spacing = config.get("timestep_spacing", "linspace")  # as a solver has it that knows no other
         large = kind in DDPM and config.get("variance_type") == "fixed_large"
         schedule = replace(
             schedule,
             variance="large" if large else "small" if kind in DDPM else "none",
             prediction=config.get("prediction_type", "epsilon"),
-            spacing=config.get("timestep_spacing", "linspace"),  # as a solver has it that knows no other
+            spacing=f"{spacing} above 0" if kind in SOLVERS and spacing != "trailing" else spacing,
             offset=config.get("steps_offset", 0),
         )
         return schedule.zero_terminal_snr if config.get("rescale_betas_zero_snr") else schedule

@@ -92,16 +92,11 @@ class VQQuantizer(DiffusersQuantizer):
             settings = quantization_config
             notes = {"made_by": "k-means on load", "kmeans_iterations": settings.kmeans_iterations, "seed": 0}
             quantization_config = PackedConfig(settings, provenance=notes)
-            if settings.codebook_scope != "layer":
-                raise ValueError(
-                    f"codebook_scope={settings.codebook_scope!r} needs the whole model at once: load it without a "
-                    "quantization_config and call vqlib.quantize"
-                )
+            whole = "load it without a quantization_config and call vqlib.quantize"
+            if (scope := settings.codebook_scope) != "layer":
+                raise ValueError(f"codebook_scope={scope!r} needs the whole model at once: {whole}")
             if settings.assignment != "nearest":
-                raise ValueError(
-                    f"assignment={settings.assignment!r} needs the whole model's inputs: load it without a "
-                    "quantization_config and call vqlib.quantize"
-                )
+                raise ValueError(f"assignment={settings.assignment!r} needs the whole model's inputs: {whole}")
         super().__init__(quantization_config, **kwargs)
         self.settings: dict[str, Any] = {}  # the model's config as JSON would hold it, for the checksum
         self.class_name = ""
@@ -191,8 +186,10 @@ class VQQuantizer(DiffusersQuantizer):
         return model
 
     def _swap_packed(self, model: ModelMixin) -> None:
-        header = self._header
-        if header.config != container.config_digest(self.class_name, self.settings, self.quantization_config.to_dict()):
+        header, beside = self._header, self._header.file.with_name("config.json")
+        said = parse_json(beside.read_bytes(), beside, "model config") if beside.exists() else self.settings
+        settings = {k: v for k, v in self.settings.items() if k in said}  # a later diffusers may have more of them
+        if header.config != container.config_digest(self.class_name, settings, self.quantization_config.to_dict()):
             raise CheckpointError(header.file, "", "config.json is not the one that was saved with these weights")
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         for name in header.layers():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from vqlib.kernels.bits import bits_for, packed_size
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_SETTING = 1 << 24
+SIZES = ("size", "dim", "dims", "layers", "heads", "channels")  # how settings end that are whole numbers
 MAX_TABLE = 1 << 26  # numbers in a position table; SD3's 192×192×1536 is 56.6 million
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -102,8 +103,11 @@ def require_plausible(file: Path, settings: Mapping[str, Any], names: int) -> No
     names: tensors the weights provide; a model has at least one tensor in every layer.
     """
     for key, value in settings.items():
-        if isinstance(value, int) and (value > MAX_SETTING or ("layers" in key and value > names)):
-            raise CheckpointError(file, key, f"{value} cannot be right for a file of {names} tensors")
+        for number in _numbers(value):
+            if key.endswith(SIZES) and (number < 0 or not isinstance(number, int)):
+                raise CheckpointError(file, key, f"{number} is no size")
+            if isinstance(number, int) and (number > MAX_SETTING or ("layers" in key and number > names)):
+                raise CheckpointError(file, key, f"{number} cannot be right for a file of {names} tensors")
     widest = max((v for k, v in settings.items() if isinstance(v, int) and "dim" in k), default=1)
     width = max(widest, widest * _whole(settings.get("num_attention_heads")))
     for key in ("sample_size", "pos_embed_max_size"):  # position tables are computed, not stored: [tokens, width]
@@ -141,6 +145,14 @@ def sha256(*parts) -> str:
     for part in parts:
         total.update(part)
     return total.hexdigest()
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers of a setting, in lists too."""
+    if isinstance(value, (int, float)):
+        yield value
+    for part in value if isinstance(value, list) else ():
+        yield from _numbers(part)
 
 
 def _whole(value: Any) -> int:

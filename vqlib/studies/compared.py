@@ -72,11 +72,12 @@ class Compared(Generic[Key]):
 
 def _replicates(folder: Path, task: Evaluated, resamples: int) -> Tensor:
     """Of a finished row, float64 [resamples]; resampled once and kept."""
-    rows, key = rows_of(folder), ("replicates", *task.made_of(), resamples)
+    rows, key = rows_of(folder), ("replicates within classes", *task.made_of(), resamples)
 
     def resampled(_: Path) -> dict:
         reference = load_reference(task.made.how.reference)
-        return {"fd": replicates(task.features(folder), reference.mean, reference.covariance, resamples).tolist()}
+        real = reference.mean, reference.covariance
+        return {"fd": replicates(task.features(folder), *real, resamples, labels=task.labels()).tolist()}
 
     rows.make(resampled, *key, wait=True)
     return torch.tensor(rows.read(*key)["fd"], dtype=torch.float64)

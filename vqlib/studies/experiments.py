@@ -32,11 +32,12 @@ from vqlib.studies.rows import Rows
 from vqlib.system.files import write_tensors
 from vqlib.system.fingerprint import digest, fingerprint
 from vqlib.system.memory import device_label
+from vqlib.system.settings import as_seed
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """All that the metrics of a model depend on besides the model; VAE and reference by the SHA-256 of their contents."""
+    """All that the metrics of a model depend on besides it and its `Pipeline.identity`; VAE and reference by SHA-256."""
 
     images: int
     sampling: SamplingConfig
@@ -67,6 +68,7 @@ class VectorQuantized:
     distillation: CalibrationConfig | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", as_seed("seed", self.seed))
         if self.calibration is None:
             object.__setattr__(self, "vq", self.vq.replace(candidates=1))
         if self.vq.assignment == "error-feedback" and self.moments is None:
@@ -137,7 +139,7 @@ def _measured(
     progress: bool = False,
 ) -> Metrics:
     real, extractor = resolve(reference, extractor, cache=CACHE, device=pipe.device)
-    labels = class_labels(pipe, how.images)
+    labels = class_labels(len(pipe.class_names), how.images)
     generated = sampled_batches(
         pipe.with_transformer(model), labels, range(how.images), how.sampling, unfinished, progress
     )
@@ -215,9 +217,9 @@ def require_stages(
         require_on_output(distillation)
 
 
-def class_labels(pipe: Pipeline, images: int) -> Sequence[int]:
+def class_labels(classes: int, images: int) -> Sequence[int]:
     """Every class in turn: image i asks for class i modulo the number of classes."""
-    return [i % len(pipe.class_names) for i in range(images)]
+    return [i % classes for i in range(images)]
 
 
 def _loaded(target: Path, about: dict) -> nn.Module:

@@ -198,7 +198,7 @@ class Shard:
             pass
         pipe, (reference, extractor) = self.made.how.pipe(), self.made.how.judges()
         seeds = range(self.first, self.first + self.count)
-        labels = class_labels(pipe, seeds.stop)[self.first :]
+        labels = class_labels(len(pipe.class_names), seeds.stop)[self.first :]
         model = self.made.build(folder).model
         images = sampled_batches(pipe.with_transformer(model), labels, seeds, self.sampling, unfinished)
         blocks = list(extractor.stream(of_size(images, reference, ordered=True)))
@@ -243,6 +243,10 @@ class Evaluated:
     def leaves(self) -> tuple[str, ...]:
         return ()
 
+    def labels(self) -> Tensor:
+        """The class that each image is asked for, int64 [images]."""
+        return torch.tensor(class_labels(self.made.how.source.identity["conditions"], self.images))
+
     def features(self, folder: Path) -> Tensor:
         """Of the row's images in their order, [images, D]: two rows' images have the same seeds, so they pair."""
         kept = ((shard, folder / "unfinished" / key_of(shard)) for shard in self.after())
@@ -252,9 +256,10 @@ class Evaluated:
         start, rows, shards = time.monotonic(), rows_of(folder), self.after()
         made = rows.read(*self.made.made_of()) or self.made.run(folder, unfinished)
         reference, extractor = self.made.how.judges()
-        labels = torch.tensor(class_labels(self.made.how.pipe(), self.images))
         stream = reblocked(shard.features(folder, unfinished / str(shard.first)) for shard in shards)
-        metrics = evaluate_features(stream, reference, extractor, labels, count=self.images, bootstrap=self.bootstrap)
+        metrics = evaluate_features(
+            stream, reference, extractor, self.labels(), count=self.images, bootstrap=self.bootstrap
+        )
         sampled = [rows.read(*shard.made_of()) or {"minutes": 0.0} for shard in shards]
         minutes = made["minutes"] + sum(part["minutes"] for part in sampled) + (time.monotonic() - start) / 60
         sizes = {name: made[name] for name in ("bits_per_weight", "size_bytes")}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from vqlib.system.files import write_bytes
@@ -40,9 +41,10 @@ class Rows:
 
     def read(self, *made_of: Any) -> dict | None:
         """The row; None while it is missing."""
+        path, wanted = self.path(*made_of), _plain(made_of)
         try:
-            found = json.loads(self.path(*made_of).read_text())
-            return found["row"] if found["made_of"] == _plain(made_of) else None
+            found = json.loads(path.read_text())
+            return found["row"] if found["made_of"] == wanted else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: no JSON, no UTF-8
             return None
 
@@ -74,6 +76,8 @@ def _plain(made_of: Any) -> Any:
         return {"class": kind.__name__} | {name: _plain(getattr(made_of, name)) for name in _fields(kind)}
     if isinstance(made_of, Mapping):
         return {name: _plain(value) for name, value in made_of.items()}
+    if isinstance(made_of, np.generic):
+        return made_of.item()
     return [_plain(part) for part in made_of] if isinstance(made_of, (list, tuple)) else made_of
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +58,18 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file; returns the path. Copied first is only what is elsewhere, strided, or shares memory."""
+    """Write a safetensors file; returns the path. Copied first is only what is elsewhere, strided, or shares memory.
+
+    What the disk refuses is an OSError, as it is of every other file.
+    """
     with replacing(path) as temporary:
-        save_file(_apart(tensors), temporary, metadata=metadata)
+        try:
+            save_file(_apart(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     return Path(path).expanduser()
 
 
