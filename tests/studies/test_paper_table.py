@@ -77,6 +77,14 @@ def test_a_figure_without_a_number_is_not_quoted(tmp_path):
     assert PAPER not in quoted_figures(tmp_path / "fid.csv").index.get_level_values("method")
 
 
+def test_several_quoted_figures_stand_side_by_side_and_an_unknown_count_is_not_printed(tmp_path):
+    rows = pd.read_csv(QUOTED)
+    more = rows[(rows["method"] == "VQ4DiT") & (rows["resolution"] == 256)].assign(timesteps=50, fid=12.5, images=None)
+    pd.concat([rows, more]).to_csv(tmp_path / "fid.csv", index=False)
+    found = quoted_figures(tmp_path / "fid.csv").loc[(PAPER, 2)]
+    assert found["† FID, DiT-XL/2 256"] == "12.42, 12.5 (50 steps)"
+
+
 def test_the_best_of_each_bit_width_is_bold_and_full_precision_never():
     frame, options = compact(TABLE, quoted_figures())
     lines = latex(frame, **options).splitlines()

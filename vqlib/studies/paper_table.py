@@ -21,18 +21,20 @@ KEPT = ("sFID", "precision", "recall", "accuracy")
 def quoted_figures(path: str | Path = QUOTED) -> pd.DataFrame:
     """FIDs that others report, as text: index (method, bits), a column a resolution; unknown ones are empty.
 
-    `> 300` where only a bound is known; a count that is not 10,000, and the steps where stated, stand behind a figure.
+    `> 300` where only a bound is known; a count that is not 10,000, and the steps where stated, stand behind a figure. Several
+    figures of one method, bits and resolution stand side by side.
     """
     known = pd.read_csv(path)
     known = known[known["fid"].notna()]
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for row in known.itertuples():
         text = f"> {row.fid:g}" if row.fid_qualifier == "over" else f"{row.fid:g}"
-        notes = [f"{row.images // 1000}k"] if row.images != 10_000 else []
+        notes = [f"{row.images / 1000:g}k"] if row.images == row.images and row.images != 10_000 else []
         notes += [f"{row.timesteps:g} steps"] if row.timesteps == row.timesteps else []
         text += f" ({', '.join(notes)})" if notes else ""
         method = PAPER if row.method == "VQ4DiT" else row.method
-        cells.setdefault((method, row.bits), {})[f"{MARK} FID, {row.model} {row.resolution}"] = text
+        own, column = cells.setdefault((method, row.bits), {}), f"{MARK} FID, {row.model} {row.resolution}"
+        own[column] = f"{own[column]}, {text}" if column in own else text
     frame = pd.DataFrame.from_dict(cells, orient="index")
     frame.index = pd.MultiIndex.from_tuples(cells, names=["method", "bits"])
     return frame
