@@ -113,10 +113,11 @@ def evaluate(
     `images`: uint8 tensor [N, C, H, W], NumPy array [N, H, W, C], Dataset, iterator of batches, folder, or `.npz`.
     `reference`: a name, a stored file, ADM's `.npz`, a folder or other images (name the extractor), or a Reference.
     `labels`: the N classes asked for. `count`: how many images there must be. `bootstrap`: resamples for FD's interval,
-    drawn with `seed`, within the classes where labels are given. `cache`: folder of features by the images' content, None for none. `device`: where an extractor
-    that is loaded here runs, by default where a tensor of images is, else the CPU.
+    drawn with `seed`, within the classes where labels are given. `cache`: folder of features by the images' content, None
+    for none. `device`: where an extractor that is loaded here runs, by default where a tensor of images is, else the CPU.
     Memory does not grow with N, but for the logits and, where Precision, Recall or the bootstrap need them, D numbers
-    in half precision an image; the bootstrap makes three copies of these in double precision. Accuracy is judged by the extractors that know the classes: the bundled classifiers.
+    in half precision an image; the bootstrap makes three copies of these in double precision. Accuracy is judged by the
+    extractors that know the classes: the bundled classifiers.
     Raises ValueError for too few images, floats, NaN, a wrong size, or counts that disagree.
     """
     start = time.monotonic()

@@ -144,10 +144,8 @@ def _draws(labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     if int(sizes.min()) < 2:
         labels, sizes = torch.zeros_like(labels), torch.tensor([len(labels)])
     order, ends = labels.argsort(stable=True), sizes.cumsum(0)
-    first, size = (
-        (ends - sizes).repeat_interleave(sizes - 1),
-        sizes.repeat_interleave(sizes - 1),
-    )  # of every draw's class
+    of_draws = torch.arange(len(sizes)).repeat_interleave(sizes - 1)  # the class of each draw
+    first, size = (ends - sizes)[of_draws], sizes[of_draws]
     weight = sizes[labels] / (sizes[labels] - 1).double()
     while True:
         place = first + (torch.rand(len(size), dtype=torch.float64, generator=generator) * size).long()

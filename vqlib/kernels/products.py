@@ -40,9 +40,9 @@ def products_in(name: str, device: torch.device) -> Iterator[None]:
     """Within the block matrix products and convolutions are made as `name` says, whatever torch is set to by default.
 
     "float32": all bits; "tf32": factors rounded to 10 bits of mantissa where the device has such products (NVIDIA, from
-    the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are. TF32 is
-    a switch of the whole process, as is what torch's `set_float32_matmul_precision` and `fp32_precision` have said: let no two
-    threads ask for different products at once. ValueError for another name.
+    the A100 on), else the same; "bfloat16": torch's autocast on the type of `device`. Parameters stay as they are. What
+    `torch.set_float32_matmul_precision` or `fp32_precision` were set to does not count, and is so again afterwards; these are
+    switches of the whole process: let no two threads ask for different products at once. ValueError for another name.
     """
     if name not in PRODUCTS:
         raise ValueError(f"products {name!r} are not one of {', '.join(PRODUCTS)}")
@@ -61,10 +61,8 @@ def _float32_as(precision: str) -> Iterator[None]:
     both are set, the older first, and both are given back as they were found.
     """
     backends = torch.backends
-    gpu, cpu = (
-        (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-        (backends.mkldnn.matmul, backends.mkldnn.conv),
-    )
+    gpu = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    cpu = backends.mkldnn.matmul, backends.mkldnn.conv
     before = [(switch, switch.fp32_precision) for switch in (*gpu, *cpu)]
     older = _older()
     backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = precision == "tf32"

@@ -26,9 +26,7 @@ class PixArt(Denoiser):
     ) -> Tensor:
         prompt = self.prompts.rows(labels, x)
         size = {"resolution": None, "aspect_ratio": None}
-        if structure.unwrapped(
-            transformer
-        ).use_additional_conditions:  # PixArt-α at 1024 × 1024; 8 pixels a latent's side
+        if structure.unwrapped(transformer).use_additional_conditions:  # α at 1024 × 1024; 8 pixels a latent's side
             pixels = torch.tensor([8.0 * x.shape[2], 8.0 * x.shape[3]], device=x.device, dtype=x.dtype)
             ratio = (pixels[:1] / pixels[1:]).expand(len(x), 1)
             size = {"resolution": pixels.expand(len(x), 2), "aspect_ratio": ratio}

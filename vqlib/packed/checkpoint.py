@@ -61,8 +61,8 @@ def save(
 
     provenance: JSON-safe notes kept in config.json. The model is attached first (see `attach`), which rounds its other
     tensors to `storage`, by default the one it was hardened or loaded with, else float16: what is in memory afterwards is
-    what is on disk, and reloading gives bit-equal outputs where the model computes in float32. An existing checkpoint is replaced; FileExistsError where the
-    folder holds anything else, ValueError where float32 is asked of a model that was rounded to float16 before.
+    what is on disk, and reloading gives bit-equal outputs of a model in float32. An existing checkpoint is replaced;
+    FileExistsError where the folder holds anything else, ValueError where float32 is asked of a model that was rounded to float16 before.
     """
     model = structure.unwrapped(model)
     known = getattr(model, "hf_quantizer", None)

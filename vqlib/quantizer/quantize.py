@@ -73,11 +73,14 @@ def quantize_layers(
     return student.eval()
 
 
+PAST_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # what reads the weights of linears it holds
+
+
 def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Linear]:
     """The linears to quantize by name, checked before anything is computed.
 
-    Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit, or one of a
-    module of PyTorch's that does not call it, or a pattern that fits no layer.
+    Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit, one that
+    the module around it does not call, or a pattern that fits no layer.
     """
     found = structure.quantizable(transformer)
     config.require_used(found)
@@ -89,9 +92,9 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
         )
     if not layers:
         raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
-    for name, module in transformer.named_modules():
-        inside = [f"{name}.{part}" for part, _ in module.named_modules() if f"{name}.{part}" in layers]
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and inside:
+    for name, module in structure.unwrapped(transformer).named_modules():
+        inside = () if not isinstance(module, PAST_THEIR_LAYERS) else [n for n in layers if n.startswith(f"{name}.")]
+        if inside:
             kind = f"a {type(module).__name__}, which reads weights itself and past their layers"
             raise ValueError(
                 f"{inside[0]} is part of {name}, {kind}: give full_precision=('{name}.*',), or linears of its own"

@@ -43,9 +43,7 @@ class TableConfig:
     distillation: int = 1000  # iterations of the last stage, of the rows that are distilled
     base: CalibrationConfig = CalibrationConfig()  # whose batch, trajectory and checkpoints a recipe takes
     recipe: str = "best"  # of every calibrated row but the paper's own
-    shard: int = (
-        BLOCK  # images of a task; the figures depend on it by rounding at most, where the batch does not divide it
-    )
+    shard: int = BLOCK  # images of a task; where the batch divides it, the figures do not depend on it
     hessian_batches: int = BATCHES
     bootstrap: int = 200  # resamples for FD's interval
     seed: int = 0  # of codebooks and calibration; image i is sampled with seed i
