@@ -95,6 +95,7 @@ def test_notebook_is_committed_executed_and_clean(path):
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata, "drop metadata.widgets before committing"
     assert parameters_cell(notebook)
+    assert not [cell for cell in notebook.cells if cell.metadata.keys() - {"tags"}], "drop the clock times"
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "not executed from top to bottom in a fresh kernel"
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
