@@ -13,6 +13,7 @@ from vqlib.calibrator.calibrate import calibrate
 from vqlib.calibrator.hessians import input_hessians
 from vqlib.calibrator.runs import read_records
 from vqlib.config import recipe
+from vqlib.packed.harden import harden, soften
 from vqlib.quantizer.quantize import quantize
 from vqlib.quantizer.soft import CandidateLinear
 
@@ -135,6 +136,20 @@ def test_codes_found_by_other_second_moments_are_another_run(tmp_path):
         begun(SETTINGS, 2)
     with pytest.raises(RuntimeError, match="student.quantized_with.hessians.seed=0, now .*=5"):
         begun(SETTINGS.replace(seed=5), 1)
+
+
+def test_codes_that_no_settings_tell_apart_are_another_run(tmp_path):
+    pipe, _ = prepared()
+    soft = [soften(harden(quantize(pipe.transformer, GEOMETRY, seed=seed))) for seed in (0, 1)]
+    calibrate(pipe, soft[0], SETTINGS, out=tmp_path / "soft").close()
+    with pytest.raises(RuntimeError, match="student.quantized_with.sha256="):
+        calibrate(pipe, soft[1], SETTINGS, out=tmp_path / "soft")
+    codes, moments = GEOMETRY.replace(assignment="error-feedback"), dict(input_hessians(pipe, SETTINGS, 1))
+    for _ in range(2):  # the same ones are the same run
+        calibrate(pipe, quantize(pipe.transformer, codes, hessians=moments), SETTINGS, out=tmp_path / "fed").close()
+    others = {name: torch.eye(len(hessian)) for name, hessian in moments.items()}
+    with pytest.raises(RuntimeError, match="student.quantized_with.hessians.sha256="):
+        calibrate(pipe, quantize(pipe.transformer, codes, hessians=others), SETTINGS, out=tmp_path / "fed")
 
 
 def test_a_stopped_run_may_be_asked_for_more_steps_and_other_checkpoints_but_not_for_fewer_steps_than_it_has(tmp_path):

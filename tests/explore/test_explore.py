@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from panel import PATIENCE, Panel
 from printed import page_width, printed_sizes
 
@@ -87,7 +91,11 @@ def test_codebook_shows_the_error_and_use_of_each_layer(pipe, models, tmp_path):
     assert view.shown.data["count"].sum() == layer.count
     student = vqlib.quantize(pipe.transformer, vqlib.VQConfig(k=8, d=4, candidates=2))
     wide = explore.codebook(pipe.transformer, student, out=tmp_path)
-    assert len(wide.controls[1].options) == 6 and "d=4" in wide.still().caption
+    before = wide.still().caption
+    assert len(wide.controls[1].options) == 6 and "d=4" in before
+    with torch.no_grad():
+        wide.layers[wide.settings["layer"]].codebook.mul_(3)  # as a calibration trains it
+    assert wide.still().caption != before
     with pytest.raises(ValueError, match="no quantized layer"):
         explore.codebook(pipe.transformer, pipe.transformer)
 
@@ -176,7 +184,39 @@ def test_a_run_that_fails_says_why(pipe, tmp_path, monkeypatch):
         view.still()
 
 
-def test_ratios_and_comparison_of_run_folders(pipe, tmp_path):
+def test_a_run_that_fails_while_its_picture_waits_to_be_drawn_gives_no_model(pipe, tmp_path, monkeypatch):
+    """The thread that draws is in another cell: once the picture came after the error and stood for it."""
+    broken = calibration(pipe, tmp_path / "run")
+    inputs = broken.trajectory.inputs
+    monkeypatch.setattr(broken.trajectory, "inputs", lambda: inputs() if broken.iteration < 2 else 1 / 0)
+    view = explore.run(broken, tmp_path)
+    view._thread.join(PATIENCE)
+    assert view.state == "failed" and len(view.records) == 2
+    with pytest.raises(ZeroDivisionError):
+        view.finish()
+
+
+def test_an_interpreter_ends_cleanly_under_views_that_are_busy(tmp_path):
+    """Threads within torch's code were once ended in the midst of it, which aborts the process (exit code −6)."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
+import tiny, vqlib
+from vqlib import explore
+pipe = tiny.pipeline()
+student = vqlib.quantize(pipe.transformer, vqlib.VQConfig(k=8, d=4, candidates=2, kmeans_iterations=2))
+run = vqlib.calibrate(pipe, student, vqlib.CalibrationConfig(iterations=100000, batch_size=2, steps=4), out={str(tmp_path / "run")!r})
+live = explore.run(run)
+view = explore.images(pipe, {{"k-means": vqlib.harden(student)}}, count=8, steps=1000)
+view.set(seed=1)
+live._first.wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_ratios_and_comparison_of_run_folders(pipe, tmp_path, monkeypatch):
     for name, candidates in (("one", 1), ("two", 2)):
         calibration(pipe, tmp_path / name / "calibration", candidates=candidates).finish()
     view = explore.ratios(tmp_path / "two" / "calibration", tmp_path)
@@ -191,6 +231,16 @@ def test_ratios_and_comparison_of_run_folders(pipe, tmp_path):
     both = explore.compare(tmp_path / "one" / "calibration", tmp_path / "two" / "calibration", tmp_path)
     assert both.still().caption.endswith("candidates 1 / 2")  # and not the fingerprints that follow from it
     assert both.shown.table["run"].tolist() == ["one", "two"] == list(both.shown.data["run"].unique())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    at_home = explore.compare("~/one/calibration", "~/two/calibration", tmp_path)
+    assert at_home.still().caption == both.shown.caption
+    calibration(pipe, tmp_path / "three" / "calibration").finish()
+    other = explore.ratios(tmp_path / "three" / "calibration", tmp_path)
+    assert not set(view.export().values()) & set(other.export().values())
+    (tmp_path / "three" / "calibration" / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run.json"):
+        explore.compare("~/one/calibration", "~/three/calibration", tmp_path)
     with pytest.raises(ValueError, match="no ratios"):
         explore.ratios(tmp_path / "one" / "calibration")
 

@@ -127,6 +127,14 @@ def test_error_of_one_method_is_a_map_of_blocks_and_kinds():
     assert grid[0].tolist() == [1, 8, 15]  # adaLN of blocks 0, 1, 2
 
 
+def test_the_map_says_the_blocks_numbers_where_some_have_no_error():
+    names = [f"transformer_blocks.{block}.attn1.to_q" for block in (10, 12, 13)]
+    axis = figures.error_by_layer(pd.DataFrame({"layer": names, "error": [1.0, 2.0, 3.0]})).axes[0]
+    grid = axis.collections[0].get_array().reshape(1, 4)
+    assert axis.get_xlim() == (9.5, 13.5) and grid.mask.tolist() == [[False, True, False, False]]
+    assert grid.compressed().tolist() == [1, 2, 3]
+
+
 def test_errors_of_several_methods_are_dots_with_their_median():
     frame = pd.concat([errors("k-means", 2.0), errors("VQ4DiT", 1.0)])
     axis = figures.error_by_layer(frame).axes[0]
@@ -215,6 +223,24 @@ def test_pareto_tells_rivals_apart_and_leaves_open_what_is_marked_so():
     assert len({str(line.get_marker()) for line in drawn.values()}) == len(set(names))
     hollow = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
     assert hollow == {"lattice, QuIP#-like", "low rank, SVDQuant-like"}
+
+
+def test_methods_that_are_not_listed_are_told_apart_in_every_figure():
+    names = ["SmoothQuant", "Q-DiT", "PTQ4DiT", "FP8", "fp4 (NVFP4)", "GPTQ", "VQ4DiT"]
+    places = pd.DataFrame({"layer": "transformer_blocks.0.attn1.to_q", "error": 1.0, "method": names})
+    dots = figures.error_by_layer(places).axes[0].collections
+    dots = [artist for artist in dots if isinstance(artist, PathCollection)]
+    assert len({(tuple(d.get_facecolor()[0]), d.get_paths()[0].vertices.tobytes()) for d in dots}) == len(names)
+    rows = [(name, 2, steps, 100, fd) for name in names for steps, fd in ((50, 2.0), (100, 3.0))]
+    rows += [("full precision", None, steps, 100, 1.0) for steps in (50, 100)]
+    table = pd.DataFrame(rows, columns=["method", "bits", "steps", "images", "fd"])
+    for lines in (
+        figures.steps_plot(table, "fd").axes[0].lines,
+        figures.pareto(table.assign(size_mib=1.0)[table["steps"] == 50].drop(columns="bits")).axes[0].lines,
+    ):
+        drawn = {line.get_label(): (line.get_color(), str(line.get_marker())) for line in lines}
+        drawn = {name: look for name, look in drawn.items() if name.startswith(tuple(names))}
+        assert len(drawn) == len(set(drawn.values())) == len(names)
 
 
 def test_steps_show_what_is_added_to_full_precision_under_the_same_conditions():

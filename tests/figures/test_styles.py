@@ -99,6 +99,8 @@ def test_one_method_one_color_however_it_is_qualified():
     assert method_color("GPTVQ-like") != method_color("GPTQ group-wise") == METHOD_COLORS["GPTQ"]
     assert method_color("round-to-nearest") == METHOD_COLORS["RTN"]
     assert method_color("something new") == method_color("something new")
+    assert method_color("FP16") == METHOD_COLORS["full precision"] not in map(method_color, ("FP8", "fp4 (NVFP4)"))
+    assert method_color("n = 1, 700 iterations") == METHOD_COLORS["codebook only"] != method_color("n = 10")
     assert (
         len(set(METHOD_COLORS.values())) == len(METHOD_COLORS) == len({method_marker(name) for name in METHOD_COLORS})
     )

@@ -8,6 +8,8 @@ import torch
 
 import vqlib
 from vqlib.config import CalibrationConfig, VQConfig
+from vqlib.studies.experiments import packed_model
+from vqlib.system.fingerprint import fingerprint
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 ROUGH = VQConfig(k=8, d=2, candidates=2, kmeans_iterations=3)
@@ -35,6 +37,13 @@ def test_the_readmes_transformer_is_calibrated_packed_and_sampled(example, tmp_p
     loaded = example["Mine"].from_pretrained(folder)
     images = [vqlib.sample(pipe.with_transformer(model), [0, 2], [1, 2], steps=3) for model in (packed, loaded)]
     assert torch.equal(*images)
+    with pytest.raises(
+        vqlib.CheckpointError, match="'Mine' is not a diffusers model; of one of your own give model_class"
+    ):
+        vqlib.load_transformer(folder)
+    assert isinstance(vqlib.load_transformer(folder, model_class=example["Mine"]), example["Mine"])
+    twice = [packed_model(pipe, ROUGH, None, tmp_path / "made") for _ in range(2)]
+    assert fingerprint(twice[0]) == fingerprint(twice[1])
     handed = vqlib.calibrate(
         pipe,
         vqlib.quantize(pipe.transformer, ROUGH),

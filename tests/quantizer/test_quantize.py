@@ -111,6 +111,22 @@ def test_a_pattern_that_fits_no_layer_is_named():
             quantize(tiny.transformer(), VQConfig(k=16, d=4, **config))
 
 
+def test_a_layer_in_two_places_is_refused():
+    model = tiny.transformer()
+    attention = model.transformer_blocks[1].attn1
+    attention.to_v = attention.to_k
+    message = r"transformer_blocks.1.attn1.to_k stands in 2 places of the model: give full_precision=\('trans"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, VQConfig(k=16, d=4))
+    student = quantize(model, VQConfig(k=16, d=4, full_precision=("transformer_blocks.1.attn1.to_k",)))
+    assert len(soft_layers(student)) == 12
+
+
+def test_patterns_that_leave_no_layer_are_named():
+    with pytest.raises(ValueError, match=r"full_precision=\('\*',\) leaves none of its 14 linear layers"):
+        quantize(tiny.transformer(), VQConfig(k=16, d=4, full_precision=("*",)))
+
+
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
 def test_layers_of_a_module_that_does_not_call_them_are_refused_by_name(kind):
     model = nn.Module()

@@ -103,6 +103,8 @@ def test_second_moments_are_let_go_before_training(tmp_path, monkeypatch):
 def test_a_packed_model_is_made_once_and_then_loaded(tmp_path):
     pipe, vq = tiny.pipeline(), VQConfig(k=16, d=4)
     settings = CalibrationConfig(iterations=2, batch_size=2, steps=3)
+    half = pipe.with_transformer(tiny.transformer().to(torch.bfloat16))
+    assert len({fingerprint(experiments.packed_model(half, vq, None, tmp_path / "half")) for _ in range(2)}) == 1
     for name, how in (("k-means", None), ("calibrated", settings)):
         made = experiments.packed_model(pipe, vq, how, tmp_path / name)
         loaded = experiments.packed_model(pipe, vq, how, tmp_path / name)

@@ -18,10 +18,8 @@ from vqlib.calibrator.calibrate import Calibration
 from vqlib.config import CalibrationConfig, recipe_distillation
 from vqlib.models.pipeline import Pipeline
 from vqlib.packed.harden import harden, soften
-from vqlib.packed.layer import VQLinear
 from vqlib.quantizer.latent import with_latents
 from vqlib.quantizer.soft import soft_layers
-from vqlib.system.fingerprint import digest
 
 
 def distill(
@@ -35,9 +33,7 @@ def distill(
     """
     config = config or recipe_distillation("best")
     require_on_output(config)
-    packed = harden(model) if soft_layers(model) else model
-    student = soften(packed)
-    student.quantized_with = {"sha256": _codes_sha256(packed)}  # the run belongs to its start, made here or loaded
+    student = soften(harden(model) if soft_layers(model) else model)
     return Calibration(pipe, with_latents(student) if config.lr_latents else student, config, out)
 
 
@@ -47,10 +43,3 @@ def require_on_output(config: CalibrationConfig) -> None:
         raise ValueError(
             f"loss_at={config.loss_at!r}: distillation compares the models' outputs, loss_at='output' or 'guided'"
         )
-
-
-def _codes_sha256(packed: nn.Module) -> str:
-    """Of codes, codebooks and scales, which a file keeps as they are (biases it may round): what tells one start from another."""
-    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
-    parts = ((f"{name}.{key}", t) for name, layer in layers.items() for key, t in layer.state_dict().items())
-    return digest((name, t) for name, t in parts if not name.endswith(".bias"))

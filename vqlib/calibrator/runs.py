@@ -163,10 +163,10 @@ class RunFolder:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a run.json says. Raises RuntimeError where it is damaged."""
+    """What a run.json says. Raises OSError where it cannot be read, RuntimeError where it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); remove its folder to start the run anew") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -42,16 +43,18 @@ def require_finite(pipe: Pipeline, finite: bool) -> None:
 def following(transformer: nn.Module, visit: Visit) -> Iterator[None]:
     """Within the block `visit(index, args, kwargs, output)` is called after each of the transformer's blocks, in order.
 
-    Compiled models run as they were written meanwhile, for a compiler leaves hooks out. Raises RuntimeError on leaving
-    where one of the blocks was not seen, or seen more often than the others: nothing goes on over blocks that were missed.
+    Compiled models run as they were written meanwhile, for a compiler leaves hooks out. Forwards of other threads, a
+    sampler's beside a calibration, are none of this one's business. Raises RuntimeError on leaving where one of the blocks
+    was not seen, or seen more often than the others: nothing goes on over blocks that were missed.
     """
     blocks = structure.block_list(transformer)
-    seen = [0] * len(blocks)
+    seen, thread = [0] * len(blocks), threading.get_ident()
 
     def hook(index: int):
         def call(block: nn.Module, args: tuple, kwargs: dict, output: Output) -> None:
-            seen[index] += 1
-            visit(index, args, kwargs, output)
+            if threading.get_ident() == thread:
+                seen[index] += 1
+                visit(index, args, kwargs, output)
 
         return call
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from vqlib.calibrator.calibrate import Calibration
 from vqlib.calibrator.runs import Record, read_records
+from vqlib.explore.records import run_name
 from vqlib.explore.view import Picture, Settings, Task, View
 from vqlib.figures import loss_curves, records_frame
 from vqlib.figures.records import LOSSES, trained_on
@@ -37,6 +38,7 @@ class RunView(View):
     def __init__(self, calibration: Calibration, out: str | Path = "figures") -> None:
         super().__init__([], out)
         self.calibration = calibration
+        self.subject = run_name(calibration.folder.path) if calibration.folder else ""
         before = calibration.iteration and calibration.folder
         self.records: list[Record] = read_records(calibration.folder.path) if before else []
         self.state = "running"  # or paused, stopped, finished, failed
@@ -66,6 +68,12 @@ class RunView(View):
         if self.state in ("running", "paused"):
             self.state = "stopped"
             self._go.set()
+
+    def end(self) -> None:
+        """Stop the run after the step that is being made, and keep that step."""
+        self.stop()
+        self._thread.join()
+        super().end()
 
     def wait(self, timeout: float | None = None) -> None:
         """Until the run has ended and its last picture is shown; an interrupt pauses it. Raises what went wrong."""
@@ -141,7 +149,9 @@ class RunView(View):
                 self.calibration.checkpoint()
         except Exception as error:
             self.state = "failed"
-            self._fail(error, Task(self, self._newest))
+            with self._lock:
+                self._newest += 1  # a picture on its way is not wanted any more: it would stand for the error
+                self._fail(error, Task(self, self._newest))
         finally:
             self._first.set()
             self.calibration.close()

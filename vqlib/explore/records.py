@@ -53,6 +53,7 @@ class RatioView(View):
             Control("layer", "layer", (ALL, *layers), ALL, ordered=False),
         ]
         super().__init__(controls, out)
+        self.subject = run_name(Path(run).expanduser())
 
     def picture(self, settings: Settings, prepared: Any) -> Picture:
         """Everything at one step; the data of an export are the histograms of all steps."""
@@ -108,7 +109,7 @@ class CompareView(View):
     name = "compare"
 
     def __init__(self, run_a: str | Path, run_b: str | Path, out: str | Path = "figures") -> None:
-        run_a, run_b = Path(run_a), Path(run_b)
+        run_a, run_b = Path(run_a).expanduser(), Path(run_b).expanduser()
         names = _names(run_a, run_b)
         self.frames = {n: records_frame(read_records(run)) for n, run in zip(names, (run_a, run_b), strict=True)}
         for run, frame in zip((run_a, run_b), self.frames.values(), strict=True):
@@ -118,6 +119,7 @@ class CompareView(View):
         found = {key: values for key, *values in differences(*(read_settings(r / "run.json") for r in (run_a, run_b)))}
         self.differences = {label: found[key] for key, label in _labels(list(found), COMPARED).items()}
         super().__init__([Control("smooth", "smooth", SMOOTH, 20, tip="steps of the moving mean")], out)
+        self.subject = f"{run_name(run_a)}_{run_name(run_b)}"
 
     def picture(self, settings: Settings, prepared: Any) -> Picture:
         """The lines; the table holds both ends and the settings that differ."""
@@ -139,6 +141,11 @@ class CompareView(View):
         caption = f"{LOSSES[loss]} at the end {losses}, mean of the last {smooth} steps · {differ}"
         panels = {loss: LOSSES[loss], **SHARES}
         return Picture(partial(_draw_pair, self.data, panels, smooth), caption, self.data, pd.DataFrame(rows))
+
+
+def run_name(folder: Path) -> str:
+    """The last two parts of its path: runs of different models often end alike."""
+    return "-".join(folder.resolve().parts[-2:])
 
 
 def _labels(keys: Sequence[str], taken: Sequence[str]) -> dict[str, str]:

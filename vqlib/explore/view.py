@@ -5,10 +5,12 @@ A view knows nothing of widgets. `set()` does from code what a slider does in th
 
 from __future__ import annotations
 
+import atexit
 import io
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,14 @@ SEEN = 48  # pictures kept, so that going back is instant
 PREVIEW_EVERY = 0.5  # seconds between two pictures of work in progress
 
 Settings = Mapping[str, Any]
+_views: weakref.WeakSet[View] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that computes while the interpreter ends would abort the process."""
+    for view in list(_views):
+        view.end()
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class View:
     """A still figure first, then controls. Subclasses say what is computed (`prepare`) and shown (`picture`)."""
 
     name = "view"
+    subject = ""  # what is shown, where settings do not say it: part of an exported file's name
     show: Callable[[View], None]  # puts a view on the screen; `vqlib.explore` gives the frontend's
     actions: Mapping[str, Callable[[], object]] = {}  # label of a button -> what it does
 
@@ -84,6 +95,8 @@ class View:
         self._seen, self._drawing = LRUCache(SEEN), Drawing()
         self._newest = self._finished = 0  # numbers of requests
         self._lock, self._computing = threading.RLock(), threading.Lock()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        _views.add(self)
 
     def prepare(self, settings: Settings, task: Task) -> Any:
         """What takes time, on the background thread; looks at `task.cancelled` now and then."""
@@ -120,7 +133,9 @@ class View:
         if known is not None:
             self._finish(known, settings, task)
         else:
-            threading.Thread(target=self._compute, args=(settings, task), name="vqlib-explore", daemon=True).start()
+            thread = threading.Thread(target=self._compute, args=(settings, task), name="vqlib-explore", daemon=True)
+            self._threads.add(thread)
+            thread.start()
 
     def still(self) -> Picture:
         """The picture of the settings, computed now and here unless it is known."""
@@ -143,14 +158,25 @@ class View:
         if self.error is not None:
             raise self.error
 
+    def end(self) -> None:
+        """Give up what is being computed, and wait until it is."""
+        with self._lock:
+            self._newest += 1
+        for thread in list(self._threads):
+            thread.join()
+
     def export(self, venue: str = "notebook", columns: int = 1) -> dict[str, Path]:
-        """Write what is shown into `out`, as wide as the venue's column (columns=1) or text; returns {suffix: path}."""
+        """Write what is shown into `out`, as wide as the venue's column (columns=1) or text; returns {suffix: path}.
+
+        Files are named after view, subject, venue and settings, and replace those of the same name.
+        """
         if self.shown is None:
             self.still()
         with self._lock:
             picture, settings = self.shown, self.shown_settings
         values = [venue, *("wide" for _ in range(columns - 1)), *map(str, settings.values())]
-        stem = self.out / re.sub(r"[^\w.-]+", "-", "_".join([self.name, *values]))
+        named = [self.name, *([self.subject] if self.subject else []), *values]
+        stem = self.out / re.sub(r"[^\w.-]+", "-", "_".join(named))
         with style(venue, columns):
             paths = save_figure(picture.draw(venue == "notebook"), stem, picture.data)
         if picture.table is not None:

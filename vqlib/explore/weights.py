@@ -49,6 +49,11 @@ class CodebookView(View):
         ]
         super().__init__(controls, out)
 
+    def _key(self, settings: Settings) -> tuple:
+        known = super()._key(settings)
+        soft = isinstance(self.layers[settings["layer"]], CandidateLinear)
+        return (*known, object()) if soft else known  # a student may be in training: its pictures are not found again
+
     def prepare(self, settings: Settings, task: Task) -> dict[str, Any]:
         """Sub-vectors [N, d], codewords [k, d], use [k] and the relative squared error of a layer."""
         name = settings["layer"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vqlib.figures.layout import color_bar, headed, legended, log_scale, panel
-from vqlib.figures.styles import method_color, method_marker
+from vqlib.figures.styles import method_looks
 
 KINDS = {  # a DiT's layers by their names within a block -> short labels, in the order of the forward pass
     "norm1.linear": "adaLN",
@@ -52,9 +52,10 @@ def error_by_layer(errors: pd.DataFrame, title: str | None = None, label: str = 
 
 
 def _error_map(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
-    grid = table.pivot(index="kind", columns="block", values="error").loc[kinds]
+    blocks = range(table["block"].min(), table["block"].max() + 1)  # those between that have no error stay white
+    grid = table.pivot(index="kind", columns="block", values="error").reindex(index=kinds, columns=blocks)
     figure, axis = panel(0.45, 0.2)
-    edges = (np.arange(count + 1) - 0.5 for count in grid.shape[::-1])
+    edges = np.arange(blocks.start, blocks.stop + 1) - 0.5, np.arange(len(kinds) + 1) - 0.5
     mesh = axis.pcolormesh(*edges, grid.to_numpy(), cmap="viridis")
     axis.set_yticks(range(len(kinds)), kinds)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
@@ -68,11 +69,11 @@ def _error_map(table: pd.DataFrame, kinds: list[str], label: str, title: str | N
 
 def _error_dots(table: pd.DataFrame, kinds: list[str], label: str, title: str | None) -> Figure:
     """Per kind and method one dot per block, and a bar at their median."""
-    methods = list(table["method"].unique())
+    methods = method_looks(table["method"].unique())
     figure, axis = panel(0.58, 0.2)
-    for i, method in enumerate(methods):
-        color, shift = method_color(method), (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
-        dots = {"s": 20, "color": color, "alpha": 0.7, "linewidths": 0, "marker": method_marker(method), "zorder": 3}
+    for i, (method, (color, marker)) in enumerate(methods.items()):
+        shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        dots = {"s": 20, "color": color, "alpha": 0.7, "linewidths": 0, "marker": marker, "zorder": 3}
         for x, kind in enumerate(kinds):
             values = table.loc[(table["method"] == method) & (table["kind"] == kind), "error"]
             axis.scatter([x + shift] * len(values), values, label=method if x == 0 else None, **dots)

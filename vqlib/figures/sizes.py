@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import legended, log_scale, note, panel
-from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker
+from vqlib.figures.styles import FULL_PRECISION, method_color, method_looks
 
 SIZE_PARTS = {  # column of a size table -> color; parts of one file, so none of the methods' colors
     "weights": "#BBBBBB",
@@ -65,8 +65,9 @@ def pareto(
     names = {"size_mib": "size (MiB)", "fd": "FD", **(labels or {})}
     figure, axis = panel(0.62, 0.25)
     table = results.dropna(subset=[size, quality])
-    for method, points in table.groupby("method", sort=False):
-        _pareto_method(axis, str(method), points.sort_values(size), size, quality)
+    methods = dict(list(table.groupby(table["method"].astype(str), sort=False)))
+    for method, look in method_looks(methods).items():
+        _pareto_method(axis, method, look, methods[method].sort_values(size), size, quality)
     if full_precision is not None:
         color = method_color(FULL_PRECISION)
         axis.axhline(full_precision, color=color, linewidth=0.7, linestyle=":", label=FULL_PRECISION, zorder=1)
@@ -78,17 +79,17 @@ def pareto(
     return legended(figure, title, axis)
 
 
-def _pareto_method(axis, method: str, points: pd.DataFrame, size: str, quality: str) -> None:
-    color, marker = method_color(method), method_marker(method)
+def _pareto_method(axis, method: str, look: tuple, points: pd.DataFrame, size: str, quality: str) -> None:
+    color, marker = look
     if {"low", "high"} <= set(points):
         spread = np.abs(points[["low", "high"]].sub(points[quality], axis=0).to_numpy().T)
         axis.errorbar(points[size], points[quality], yerr=spread, fmt="none", ecolor=color, elinewidth=0.8, capsize=1.5)
     if method.lower().startswith("full precision"):
         axis.axhline(points[quality].iloc[0], color=color, linewidth=0.7, linestyle=":", zorder=1)
     big = 7 if marker == "*" else None
-    look = {"color": color, "marker": marker, "markersize": big, "linewidth": 0.9}
-    look |= {"markerfacecolor": "white"} if "open" in points and points["open"].all() else {}
-    axis.plot(points[size], points[quality], **look, label=method)
+    line = {"color": color, "marker": marker, "markersize": big, "linewidth": 0.9}
+    line |= {"markerfacecolor": "white"} if "open" in points and points["open"].all() else {}
+    axis.plot(points[size], points[quality], **line, label=method)
     if "bits" in points:
         for x, y, bits in points[[size, quality, "bits"]].dropna().itertuples(index=False):
             note(axis, f"{bits:g}", (x, y), (4, 3), color=color, fontsize=6)

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqlib.figures.layout import legended, log_scale, panel
-from vqlib.figures.styles import FULL_PRECISION, method_color, method_marker
+from vqlib.figures.styles import FULL_PRECISION, method_looks
 
 LINES = {2: "-", 3: "--", 4: ":"}  # by bits
 
@@ -36,9 +36,10 @@ def steps_plot(table: pd.DataFrame, distance: str, title: str | None = None) -> 
     if frame.empty:
         raise ValueError(f"no method of these {len(table)} rows was sampled with several numbers of steps")
     figure, axis = panel(0.5)
+    looks = method_looks(frame["method"].unique())
     for (method, bits), line in frame.groupby(["method", "bits"], sort=False):
         line = line.sort_values("steps")
-        look = {"color": method_color(method), "marker": method_marker(method), "linestyle": LINES.get(bits, "-")}
+        look = dict(zip(("color", "marker"), looks[method], strict=True)) | {"linestyle": LINES.get(bits, "-")}
         axis.plot(line["steps"], line["added"], label=f"{method}, {bits} bits", **look)
     if (frame["added"] > 0).all():
         log_scale(axis, "y")

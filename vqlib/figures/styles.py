@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,13 @@ ALIASES = {
     "round-to-nearest": "RTN",
     "original": "full precision",
     "fp": "full precision",
+    "fp16": "full precision",
+    "fp32": "full precision",
     "paper": "VQ4DiT",
     "n = 1": "codebook only",
 }
 OTHER_COLORS = ("#44AA99", "#AA4499", "#999933", "#6699CC")  # Tol's muted set, for names not listed above
+OTHER_MARKERS = ("h", "x", "+", "1")
 
 EMBEDDED = {
     "pdf.fonttype": 42,  # TrueType: searchable text, and accepted by venues that refuse Type 3
@@ -81,10 +85,10 @@ EMBEDDED = {
 
 
 def method_key(name: str) -> str | None:
-    """The entry of METHOD_COLORS that a name such as 'VQ4DiT, n = 3' begins with; None where there is none."""
+    """The entry of METHOD_COLORS that a name such as 'VQ4DiT, n = 3' begins with, as whole words; None where there is none."""
     lower = name.lower()
     table = {**{key.lower(): key for key in METHOD_COLORS}, **ALIASES}
-    fits = [prefix for prefix in table if lower.startswith(prefix)]
+    fits = [prefix for prefix in table if re.match(rf"{re.escape(prefix)}(?!\w)", lower)]
     return table[max(fits, key=len)] if fits else None
 
 
@@ -106,7 +110,19 @@ def run_colors(names: Sequence[str]) -> list[str]:
 
 def method_marker(name: str) -> str:
     """A method's marker, so that figures can be read without color."""
-    return METHOD_MARKERS.get(method_key(name), "h")
+    return METHOD_MARKERS.get(method_key(name), OTHER_MARKERS[0])
+
+
+def method_looks(names: Iterable[str]) -> dict[str, tuple]:
+    """Color and marker of each method of one figure: names that are not listed differ in one of them, up to sixteen."""
+    found: dict[str, tuple] = {}
+    for name in names:
+        own = method_color(name), method_marker(name)
+        if method_key(name) is None and own in found.values():
+            spare = ((color, marker) for marker in OTHER_MARKERS for color in OTHER_COLORS)
+            own = next((look for look in spare if look not in found.values()), own)
+        found[name] = own
+    return found
 
 
 @contextmanager

@@ -122,11 +122,14 @@ class SharedEmbedder:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block the embedders share their work; those that have another forward already keep it."""
+        """Within the block the embedders share this thread's work; those that have another forward already keep it."""
+        thread = threading.get_ident()
         free = [embedder for embedder in self.embedders if "forward" not in embedder.__dict__]
         original = free[0].forward if free else None
 
         def embed(*args, **kwargs) -> Tensor:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
             known = self.given and len(args) == len(self.given[0]) and kwargs == self.given[1]
             if not known or any(a is not b for a, b in zip(args, self.given[0], strict=True)):
                 self.given = args, kwargs, original(*args, **kwargs)

@@ -80,8 +80,8 @@ class Pipeline:
         another than this pipeline's, of the same family.
         """
         model = self.transformer if model is None else model
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        output = self.denoiser.forward(model, x.to(dtype), timestep, labels, guidance_scale).float()
+        x = x.to(structure.input_dtype(model))
+        output = self.denoiser.forward(model, x, timestep, labels, guidance_scale).float()
         return output if _learned(self.schedule) else output[:, : x.shape[1]]
 
     @property

@@ -47,6 +47,13 @@ def quantizable(transformer: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
+def input_dtype(transformer: nn.Module) -> torch.dtype:
+    """What floating type its inputs have: that of the parameters outside of quantized layers, float32 where there are none."""
+    dense = (m for m in transformer.modules() if not hasattr(m, "codebook"))  # codebooks are trained in float32
+    parameters = (p for module in dense for p in module.parameters(recurse=False) if p.is_floating_point())
+    return next((p.dtype for p in parameters), torch.float32)
+
+
 def with_fast_products(transformer: nn.Module) -> nn.Module:
     """The transformer itself, its quantizable linears replaced by `DenseLinear`s of the same parameters."""
     for name, layer in quantizable(transformer).items():

@@ -77,16 +77,18 @@ def save(
     return folder
 
 
-def load_transformer(folder: str | Path, device: torch.device | str = "cpu") -> ModelMixin:
+def load_transformer(
+    folder: str | Path, device: torch.device | str = "cpu", model_class: type[ModelMixin] | None = None
+) -> ModelMixin:
     """The packed transformer of a folder, in eval mode, float32 with codebooks as stored, on `device` (as for `vqlib.load`).
 
-    Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
+    model_class: of a transformer that is one's own; diffusers' are found by the name that the folder gives. Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
     their claims. Raises CheckpointError naming file, tensor and reason.
     """
     folder, device = Path(folder).expanduser(), device_of(device)
     recover_folder(folder)
     file = folder / CONFIG
-    model_class, config = _read_config(file)
+    model_class, config = _read_config(file, model_class)
     header = read_header(folder / WEIGHTS)
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
     if header.config != container.config_digest(model_class.__name__, settings, config["quantization_config"]):
@@ -177,8 +179,8 @@ def _scope(layers: Mapping[str, VQLinear]) -> str:
     return "model" if distinct == 1 else "block"
 
 
-def _read_config(file: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
-    """config.json of a packed checkpoint and the diffusers class it names. Raises CheckpointError."""
+def _read_config(file: Path, own: type[ModelMixin] | None) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """config.json of a packed checkpoint and the class it names, `own` or one of diffusers'. Raises CheckpointError."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(CONFIG_LIMIT + 1)
@@ -193,7 +195,9 @@ def _read_config(file: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
     if quantization.get("format") != FORMAT:
         reason = f"format {quantization.get('format')!r}; this version reads format {FORMAT}"
         raise CheckpointError(file, "quantization_config", reason)
-    model_class = getattr(diffusers, str(config.get("_class_name")), None)
+    name = config.get("_class_name")
+    model_class = own if own and own.__name__ == name else getattr(diffusers, str(name), None)
     if not isinstance(model_class, type) or not issubclass(model_class, ModelMixin):
-        raise CheckpointError(file, "_class_name", f"{config.get('_class_name')!r} is not a diffusers model")
+        reason = f"{name!r} is not a diffusers model; of one of your own give model_class"
+        raise CheckpointError(file, "_class_name", reason)
     return model_class, config

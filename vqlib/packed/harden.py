@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from diffusers import ModelMixin
@@ -51,7 +51,7 @@ def soften(packed: nn.Module) -> nn.Module:
     """A student whose assignments are those of the packed transformer: codebooks, scales and biases can be trained again.
 
     Every layer has one candidate a sub-vector. Shared codebooks stay shared, wherever the model was moved since; `harden` is
-    the inverse.
+    the inverse. A run over the student belongs to these codes, codebooks and scales, made here or loaded.
     """
     packed = structure.unwrapped(packed)
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, VQLinear)}
@@ -64,7 +64,14 @@ def soften(packed: nn.Module) -> nn.Module:
         scale = layer.scale if layer.scale.item() != 1.0 else None
         shape = layer.out_features, layer.in_features
         structure.swap(student, name, CandidateLinear(book, candidates, shape, layer.bias, scale, layer.codebook.dtype))
+    student.quantized_with = {"sha256": _codes_sha256(layers)}
     return student.eval()
+
+
+def _codes_sha256(layers: Mapping[str, VQLinear]) -> str:
+    """Of codes, codebooks and scales, which a file keeps as they are (biases it may round): what tells one start from another."""
+    parts = ((f"{name}.{key}", t) for name, layer in layers.items() for key, t in layer.state_dict().items())
+    return digest((name, t) for name, t in parts if not name.endswith(".bias"))
 
 
 def _shared_by(packed: nn.Module, layer: VQLinear) -> Hashable:

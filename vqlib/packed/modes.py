@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import nn
 
+from vqlib.models import structure
 from vqlib.packed.layer import VQLinear, drop_scratch
 
 MODES = ("memory", "speed", "auto")
@@ -43,7 +44,7 @@ def set_mode(model: nn.Module, mode: str = "auto", budget_bytes: int | None = No
         raise ValueError(f"budget_bytes={budget_bytes} with mode={mode!r}: a budget ≥ 0 belongs to mode='auto'")
     for layer in layers:  # before free memory is read: what is released now may be kept again
         layer.release()
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = structure.input_dtype(model)
     sizes = [layer.in_features * layer.out_features * dtype.itemsize for layer in layers]
     if mode == "auto" and budget_bytes is None:
         budget_bytes = _free_bytes(layers[0].codes.device) // 2

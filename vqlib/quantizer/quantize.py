@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from vqlib.quantizer.error_feedback import candidates_with_feedback, refit
 from vqlib.quantizer.feedback import Columns
 from vqlib.quantizer.soft import CandidateLinear
 from vqlib.quantizer.subvectors import split
+from vqlib.system.fingerprint import digest
 from vqlib.system.settings import as_seed
 
 _TOGETHER = 1 << 30  # bytes of weights whose k-means is made together; the peak is three times as much
@@ -68,7 +70,9 @@ def quantize_layers(
         own = config.for_layer(next(iter(group)))
         for name, replacement in _quantize_group(group, codewords[label], own, hessians, columns_of):
             structure.swap(student, name, replacement)
-    inputs = getattr(hessians, "made_of", None)  # of `input_hessians`
+    inputs = getattr(hessians, "made_of", None)  # of `input_hessians`; of others their own bits
+    if hessians and inputs is None:
+        inputs = {"sha256": digest((name, hessians[name]) for name in layers)}
     student.quantized_with = config.to_dict() | {"seed": seed, "hessians": inputs}  # a calibration run belongs to it
     return student.eval()
 
@@ -91,7 +95,14 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
             f"{len(done)} layers are quantized already, {done[0]} the first: give the full-precision model"
         )
     if not layers:
-        raise ValueError(f"{type(transformer).__name__} has no linear layer in a list of blocks: nothing to quantize")
+        left_out = f"full_precision={config.full_precision!r} leaves none of its {len(found)} linear layers"
+        raise ValueError(f"{type(transformer).__name__}: {left_out}: nothing to quantize")
+    places = Counter(id(child) for owner in transformer.modules() for child in owner._modules.values())
+    for name, layer in layers.items():
+        if places[id(layer)] > 1:
+            raise ValueError(
+                f"{name} stands in {places[id(layer)]} places of the model: give full_precision=({name!r},), or a linear each"
+            )
     for name, module in structure.unwrapped(transformer).named_modules():
         inside = () if not isinstance(module, PAST_THEIR_LAYERS) else [n for n in layers if n.startswith(f"{name}.")]
         if inside:

@@ -22,6 +22,7 @@ from vqlib.config import OTHER_TRAJECTORIES, CalibrationConfig, SamplingConfig, 
 from vqlib.evaluation.evaluate import CACHE, Metrics, evaluate
 from vqlib.evaluation.extractors import Extractor
 from vqlib.evaluation.references import load_reference, reference_of, reference_path, resolve
+from vqlib.models import structure
 from vqlib.models.pipeline import Pipeline
 from vqlib.models.sampling import sample_batches
 from vqlib.packed.checkpoint import load_transformer, save
@@ -194,7 +195,7 @@ def packed_model(
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".building"):
         if target.exists():
-            return _loaded(target, about).to(pipe.device)
+            return _loaded(target, about, pipe)
         hessians = input_hessians(pipe, moments.inputs, moments.batches) if moments else None
         student = quantize(pipe.transformer, vq, seed, hessians=hessians)
         del hessians  # as large as the model, and of no use to the training
@@ -203,7 +204,8 @@ def packed_model(
         if distillation:
             packed = distill(pipe, packed, distillation, out=target.parent / "distillation").finish()
         save(packed, target, provenance=about)
-        return packed
+        del packed  # what is made is what will be found: of a model in half precision a file keeps other types
+        return _loaded(target, about, pipe)
 
 
 def require_stages(
@@ -222,8 +224,8 @@ def class_labels(classes: int, images: int) -> Sequence[int]:
     return [i % classes for i in range(images)]
 
 
-def _loaded(target: Path, about: dict) -> nn.Module:
-    packed = load_transformer(target)
+def _loaded(target: Path, about: dict, pipe: Pipeline) -> nn.Module:
+    packed = load_transformer(target, pipe.device, type(structure.unwrapped(pipe.transformer)))
     found = packed.hf_quantizer.quantization_config.provenance
     for key, made, wanted in differences({key: found.get(key) for key in about}, json.loads(json.dumps(about))):
         stage, _, field = key.partition(".")
