@@ -137,8 +137,8 @@ def _distilled(vq: VQConfig, base: CalibrationConfig, last: CalibrationConfig) -
         "none": None,
         "codes stay": last.replace(lr_latents=0.0),
         "codes move": last,
-        "codes move, teacher's path": last.replace(path="teacher"),
-        "codes move, guided output": last.replace(loss_at="guided"),
+        "teacher's path": last.replace(path="teacher"),
+        "guided output": last.replace(loss_at="guided"),
     }
     for name, stage in stages.items():
         yield Setting("best: last stage", name, BEST.codes(vq, **HALF), BEST.run(base), stage)
