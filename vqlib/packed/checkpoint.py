@@ -82,8 +82,9 @@ def load_transformer(
 ) -> ModelMixin:
     """The packed transformer of a folder, in eval mode, float32 with codebooks as stored, on `device` (as for `vqlib.load`).
 
-    model_class: of a transformer that is one's own; diffusers' are found by the name that the folder gives. Safe on files from strangers: config, header, sizes and checksums are checked before anything is allocated from
-    their claims. Raises CheckpointError naming file, tensor and reason.
+    model_class: of a transformer that is one's own; diffusers' are found by the name that the folder gives. Safe on files
+    from strangers: config, header, sizes and checksums are checked before anything is allocated from their claims. Raises
+    CheckpointError naming file, tensor and reason.
     """
     folder, device = Path(folder).expanduser(), device_of(device)
     recover_folder(folder)

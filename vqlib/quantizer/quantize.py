@@ -84,7 +84,7 @@ def fitting_layers(transformer: nn.Module, config: VQConfig) -> dict[str, nn.Lin
     """The linears to quantize by name, checked before anything is computed.
 
     Raises ValueError where there is none, where some are quantized already, and naming a layer that k or d do not fit, one that
-    the module around it does not call, or a pattern that fits no layer.
+    stands in several places or that the module around it does not call, or a pattern that fits no layer.
     """
     found = structure.quantizable(transformer)
     config.require_used(found)
